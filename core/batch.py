@@ -1,0 +1,44 @@
+"""One forward pass: tensors and host integers, passed explicitly from the runner to the kernels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What the model computes in one step: T tokens of S sequences, P pages at most in a row.
+
+    Sequences that compute a single token come first, so `[:n_decode]` is the decode part of both
+    the token and the sequence axis. The runner fills everything except `plan`.
+    """
+
+    tokens: torch.Tensor
+    """[T] int64 – input ids."""
+    positions: torch.Tensor
+    """[T] int64 – absolute position of each token."""
+    write_at: torch.Tensor
+    """[T] int64 – flat slot (page * page_size + offset) that takes this token's keys and values."""
+    logits_at: torch.Tensor
+    """[L] int64 – token indices whose logits are wanted."""
+    query_start: tuple[int, ...]
+    """[S + 1] – ragged offsets of the sequences into T; on the host."""
+    context_len: tuple[int, ...]
+    """[S] – keys visible to the last query of each sequence, this step's included; on the host."""
+    page_table: tuple[tuple[int, ...], ...]
+    """[S][pages] – page ids that hold the context; on the host."""
+    rows: tuple[int, ...]
+    """[S] – row of per-sequence cache state."""
+    n_decode: int
+    """Leading sequences that compute exactly one token."""
+    sequences: tuple[Sequence, ...] = ()
+    """Host side, for error messages."""
+    plan: object = None
+    """Filled by `KVCache.plan`, once per step, read by `KVCache.attend` of the same backend."""
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return int(self.tokens.shape[0])

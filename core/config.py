@@ -1,0 +1,177 @@
+"""Settings of a server, as frozen dataclasses: composed, never inherited, never written back.
+
+Each field says in its metadata what it is for; `server/cli.py` shows that text and a test keeps
+flags and fields in step. The value "auto" disappears in `resolve`, once, in the engine process.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import Refused
+
+
+def _text(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Which weights, and how they are held."""
+
+    path: str = _text("", "directory or hub id; empty is the embedded demo model")
+    served_names: tuple[str, ...] = _text((), "names that requests may use; default is the path")
+    revision: str | None = _text(None, "hub revision")
+    tokenizer: str | None = _text(None, "directory or hub id of the tokenizer, if not the model's")
+    chat_template: str | None = _text(None, "file with a chat template that replaces the model's")
+    dtype: str = _text("auto", "auto, float32, bfloat16 or float16")
+    device: str = _text("auto", "auto, cpu or cuda")
+    max_len: int | None = _text(None, "longest sequence in tokens; default is the model's own")
+    seed: int = _text(0, "seed from which requests without one draw theirs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """Where keys and values live."""
+
+    kind: str = _text("dense", "KV-cache backend")
+    options: dict[str, Any] = field(
+        default_factory=dict, metadata={"text": "the backend's own settings"}
+    )
+    page_size: int = _text(64, "tokens of a page")
+    memory_bytes: int | None = _text(None, "bytes of the KV pool; default is a share of memory")
+    memory_share: float = _text(0.9, "share of device memory for weights and KV pool together")
+    prefix: bool = _text(True, "reuse the pages of equal prompt prefixes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSettings:
+    """How requests share a step."""
+
+    max_sequences: int = _text(64, "sequences that run at the same time")
+    max_tokens: int = _text(2048, "tokens that one step computes; longer prompts are chunked")
+    policy: str = _text("fcfs", "fcfs or priority")
+    max_queued: int = _text(1024, "requests that may wait; more are answered 429")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """The HTTP side."""
+
+    host: str = _text("127.0.0.1", "address to bind")
+    port: int = _text(8000, "port to bind")
+    api_keys: tuple[str, ...] = _text((), "keys that clients must present; none leaves it open")
+    in_process: bool = _text(False, "run the engine on a thread of the API process")
+    strict_params: bool = _text(False, "refuse request keys that nobody knows")
+    metrics_compat: str = _text("vllm", "vllm adds vllm:-named aliases, none does not")
+    request_timeout_s: float = _text(600.0, "seconds after which a request is ended")
+    drain_s: float = _text(30.0, "seconds that SIGTERM leaves open requests to finish")
+    max_body_bytes: int = _text(16 * 2**20, "largest request body")
+    allowed_origins: tuple[str, ...] = _text((), "origins that browsers may call from (CORS)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that a server is told."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+
+    def to_json(self) -> str:
+        """The config as JSON text, for the engine process."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Config":
+        """The config that `to_json` wrote. Raises `Refused` on an unknown or ill-typed field."""
+        return Config.from_dict(json.loads(text))
+
+    @staticmethod
+    def from_dict(sections: Mapping[str, Mapping[str, Any]]) -> "Config":
+        """The config from nested dicts (a YAML file). Raises `Refused`, naming what is wrong."""
+        kinds = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+        built: dict[str, Any] = {}
+        for name, values in sections.items():
+            if name not in kinds:
+                raise Refused(f"unknown config section {name!r}; there are {', '.join(kinds)}")
+            known = {f.name for f in dataclasses.fields(kinds[name])}  # type: ignore[arg-type]
+            unknown = sorted(set(values) - known)
+            if unknown:
+                raise Refused(
+                    f"unknown setting {name}.{unknown[0]}; section {name} has "
+                    + ", ".join(sorted(known))
+                )
+            # JSON has no tuples; every sequence-valued setting is one.
+            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            built[name] = kinds[name](**plain)  # type: ignore[operator]
+        config = Config(**built)
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Refuse values that no hardware could make right, naming value, limit and fix."""
+        one_of = (
+            ("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16")),
+            ("device", self.model.device, ("auto", "cpu", "cuda")),
+            ("scheduling-policy", self.scheduler.policy, ("fcfs", "priority")),
+            ("metrics-compat", self.server.metrics_compat, ("vllm", "none")),
+        )
+        for flag, value, allowed in one_of:
+            if value not in allowed:
+                raise Refused(f"--{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+        at_least = (
+            ("max-num-seqs", self.scheduler.max_sequences, 1),
+            ("max-num-batched-tokens", self.scheduler.max_tokens, 1),
+            ("max-queued-requests", self.scheduler.max_queued, 1),
+            ("block-size", self.cache.page_size, 8),
+            ("max-model-len", self.model.max_len or 1, 1),
+            ("kv-cache-memory-bytes", self.cache.memory_bytes or 1, 1),
+            ("port", self.server.port, 0),
+            ("max-body-bytes", self.server.max_body_bytes, 1),
+        )
+        for flag, number, least in at_least:
+            if number < least:
+                raise Refused(f"--{flag} is {number}; it must be at least {least}")
+        if self.scheduler.max_tokens < self.scheduler.max_sequences:
+            raise Refused(
+                f"--max-num-batched-tokens ({self.scheduler.max_tokens}) is below --max-num-seqs "
+                f"({self.scheduler.max_sequences}): a step could not give every running sequence "
+                "one token; raise the first or lower the second"
+            )
+        if self.cache.page_size % 8:
+            raise Refused(f"--block-size is {self.cache.page_size}; it must be a multiple of 8")
+        if not 0.0 < self.cache.memory_share <= 1.0:
+            raise Refused(
+                f"--gpu-memory-utilization is {self.cache.memory_share}; it must be in (0, 1]"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What the engine process found to run on."""
+
+    device: str
+    """cpu or cuda."""
+    name: str
+    free_bytes: int
+    """Memory of the device that is free before the model is loaded."""
+    has_bfloat16: bool
+    """Whether bfloat16 matrix products run at full speed."""
+
+
+def resolve(config: Config, hardware: Hardware, checkpoint_dtype: str) -> Config:
+    """Replace every "auto" by what this hardware and this checkpoint make of it."""
+    model = config.model
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = checkpoint_dtype
+        if dtype != "float32" and hardware.device == "cpu" and not hardware.has_bfloat16:
+            dtype = "float32"
+        elif dtype == "float16" and hardware.device == "cpu":
+            dtype = "bfloat16"
+    device = hardware.device if model.device == "auto" else model.device
+    return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, device=device))
