@@ -1,0 +1,55 @@
+"""rms_norm against the oracle and Hugging Face's rounding."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from kvfold.kernels.norm import add_rms_norm, rms_norm
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 64), (7, 63), (129, 896), (7, 3, 128)]
+EPS = 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rms_norm(oracle: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    weight = torch.randn(shape[-1]).to(dtype)
+    got = rms_norm(x, weight, EPS)
+    assert got.dtype == dtype
+    oracle.close(got, oracle.rms_norm(x, weight, EPS))
+
+
+def test_the_product_comes_after_the_rounding() -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(63, 896).bfloat16(), torch.randn(896).bfloat16()
+    unit = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+    assert torch.equal(rms_norm(x, weight, EPS), unit.bfloat16() * weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_rms_norm_writes_the_residual(oracle: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    x, residual = torch.randn(2, 7, 129).to(dtype).unbind()
+    weight = torch.randn(129).to(dtype)
+    total = x + residual
+    normed, kept = add_rms_norm(x, residual, weight, EPS)
+    assert kept is residual
+    assert torch.equal(kept, total)
+    oracle.close(normed, oracle.rms_norm(total, weight, EPS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x, weight = torch.randn(129, 896).to(dtype), torch.randn(896).to(dtype)
+    full = rms_norm(x, weight, EPS)
+    for n in (1, 7, 63):
+        assert torch.equal(rms_norm(x[:n], weight, EPS), full[:n])
+
+
+def test_a_foreign_weight_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \[7\], wanted \[64\]"):
+        rms_norm(torch.zeros(1, 64), torch.zeros(7), EPS)
