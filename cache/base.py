@@ -1,0 +1,184 @@
+"""The contract of a KV-cache backend: rotation, storage and attention, with the whole lifecycle.
+
+The model hands over un-rotated q, k, v and takes back attention output; it never sees a key. The
+scheduler speaks integers, the model tensors, and nothing outside this folder knows which backend
+runs. A sequence is dense until `seal`: prompts are computed exactly, whatever the backend, so that
+chunked prefill, prefix hits, preemption and abort need no special case.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..core.batch import Batch
+from ..core.sequence import Sequence
+from ..kernels.rope import RotaryTable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSpec:
+    """What a backend must know of the model and the machine."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    """Factor on q·k before the softmax."""
+    windows: tuple[int | None, ...]
+    """[n_layers] – sliding window in tokens, or None for full attention."""
+    max_len: int
+    """Longest sequence in tokens."""
+    page_size: int
+    """Tokens of a page."""
+    dtype: torch.dtype
+    device: torch.device
+    identity: str
+    """Fingerprint of the model: part of every prefix key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Bytes that a backend needs, as its allocator will take them."""
+
+    bytes_per_token: int
+    """Of a sealed sequence."""
+    bytes_per_sequence: int = 0
+    transient_bytes_per_token: int = 0
+    """On top, while a sequence is not sealed."""
+    host_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionWeights:
+    """What a backend may derive its own matrices from: `[out, in]`, un-fused."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    o: torch.Tensor
+    k_bias: torch.Tensor | None = None
+    v_bias: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """A snapshot for metrics and for `/health`."""
+
+    bytes_in_use: dict[str, int]
+    """By pool, as allocated: pages that a live sequence holds."""
+    tokens: int
+    """Tokens whose keys and values live sequences hold."""
+    usage: float
+    """Share of the pool that live sequences hold, 0..1."""
+
+
+class KVCache(ABC):
+    """Where keys and values live, and how queries read them."""
+
+    shares_prefix: ClassVar[bool]
+    """May two sequences read one sealed page?"""
+    graphable: ClassVar[bool]
+    """Is a decode step free of host decisions?"""
+    n_recomputed: ClassVar[int] = 1
+    """Prompt tokens at the end that a prefix hit always leaves to be computed."""
+
+    @abstractmethod
+    def __init__(self, spec: CacheSpec, rotary: RotaryTable, config: Any, n_pages: int) -> None:
+        """Allocate the pools; `config` is the backend's own dataclass."""
+
+    # The scheduler's face: integers only.
+
+    @classmethod
+    @abstractmethod
+    def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
+        """Bytes per token and per sequence; sizes the pools and admits requests."""
+
+    @property
+    @abstractmethod
+    def n_free_tokens(self) -> int:
+        """Tokens that could be reserved now, evictable prefix pages included."""
+
+    @property
+    @abstractmethod
+    def n_total_tokens(self) -> int:
+        """Tokens that the empty pools hold."""
+
+    @abstractmethod
+    def reserve(self, seq: Sequence, n_tokens: int) -> bool:
+        """Make room for tokens [n_computed, n_computed + n_tokens); False changes nothing."""
+
+    @abstractmethod
+    def release(self, seq: Sequence) -> None:
+        """Drop everything that the sequence holds. Idempotent."""
+
+    def attach(self, seq: Sequence) -> int:
+        """Give a sequence that holds nothing the longest cached prefix of its tokens.
+
+        Sets its pages and `n_computed`; returns the tokens covered. The default covers none.
+        """
+        return 0
+
+    def commit(self, seq: Sequence) -> None:  # noqa: B027 - a backend without prefix pages has nothing to publish
+        """Publish what a step completed (`n_computed` has just advanced) for later prefix hits."""
+
+    def fork(self, seq: Sequence, child: Sequence) -> bool:
+        """Give `child` the same context as `seq`; False when there is no room, changing nothing."""
+        return False
+
+    # The model's face: tensors only.
+
+    def bind(self, layer: int, weights: AttentionWeights) -> None:  # noqa: B027 - dense derives nothing
+        """Derive what the method needs from a layer's weights; once, after loading."""
+
+    @abstractmethod
+    def plan(self, batch: Batch) -> object:
+        """Host work that all layers of one step share; becomes `batch.plan`."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        x: torch.Tensor,
+        batch: Batch,
+    ) -> torch.Tensor:
+        """Rotate, store, attend: [T, heads, head_dim].
+
+        `q` [T, heads, head_dim], `k` and `v` [T, kv_heads, head_dim] come un-rotated, after bias
+        and q/k norm; `x` [T, hidden] is the input of the k and v projections.
+        """
+
+    # The engine's face, between steps.
+
+    def seal(self, seq: Sequence) -> None:  # noqa: B027 - dense has nothing to compress
+        """The prompt is complete and its first token sampled: compress, hand pages back."""
+
+    def salt(self) -> tuple[str, ...]:
+        """Everything that changes stored bytes, for the root of the hash chain."""
+        return ()
+
+    # For tests, idle time and metrics.
+
+    @abstractmethod
+    def check(self, live: Iterable[Sequence]) -> None:
+        """Prove the page ledger against the live sequences; AssertionError carries the ledger."""
+
+    @abstractmethod
+    def stats(self, live: Iterable[Sequence]) -> CacheStats:
+        """Bytes and tokens held by the live sequences."""
+
+    @classmethod
+    @abstractmethod
+    def exact(cls, config: Any) -> Any:
+        """The setting at which this backend equals dense."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, options: dict[str, Any]) -> Any:
+        """The backend's config from `--kv-cache-config`; `Refused` names unknown fields."""

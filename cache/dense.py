@@ -1,0 +1,225 @@
+"""Dense paged keys and values: the exact backend, and the reference for every other.
+
+Keys are stored rotated, one pool of pages per layer, `[pages, kv_heads, page_size, head_dim]` for K
+and for V. What it does not do: save memory. State per sequence: its page list, on the host.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core.batch import Batch
+from ..core.errors import Refused
+from ..core.sequence import Sequence
+from ..kernels.attention import DecodePlan, decode_attention, plan_decode, prefill_attention
+from ..kernels.kv_write import rotate_and_write
+from ..kernels.rope import RotaryTable
+from .base import CacheSpec, CacheStats, Footprint, KVCache
+from .pages import PagePool, pool_zeros
+from .prefix import PrefixIndex
+
+
+@dataclass(frozen=True, slots=True)
+class DenseConfig:
+    """Dense has nothing to set but whether equal prefixes share pages."""
+
+    prefix: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    decode: dict[int | None, DecodePlan]
+    """By sliding window, for the decode part."""
+
+
+class DenseCache(KVCache):
+    """Every key and value as the model made it."""
+
+    shares_prefix = True
+    graphable = True
+
+    def __init__(
+        self, spec: CacheSpec, rotary: RotaryTable, config: DenseConfig, n_pages: int
+    ) -> None:
+        """Take `n_pages` pages, of which page 0 is scratch."""
+        self._spec = spec
+        self._rotary = rotary
+        self._shares = config.prefix
+        shape = (n_pages, spec.n_kv_heads, spec.page_size, spec.head_dim)
+        pools = [pool_zeros((2, *shape), spec.dtype, spec.device) for _ in range(spec.n_layers)]
+        self._keys = [pool[0] for pool in pools]
+        self._values = [pool[1] for pool in pools]
+        self._page_bytes = sum(pool.nbytes for pool in pools) // n_pages
+        self._index = PrefixIndex(spec.identity, self.salt())
+        self._pool = PagePool(n_pages, on_evict=self._index.forget)
+
+    @classmethod
+    def footprint(cls, spec: CacheSpec, config: DenseConfig) -> Footprint:
+        """K and V of every layer and KV head, at the width of the cache dtype."""
+        elements = 2 * spec.n_layers * spec.n_kv_heads * spec.head_dim
+        return Footprint(bytes_per_token=elements * spec.dtype.itemsize)
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> DenseConfig:
+        """Dense takes no options of its own; anything but `prefix` is refused by name."""
+        unknown = sorted(set(options) - {"prefix"})
+        if unknown:
+            raise Refused(
+                f"--kv-cache-config.{unknown[0]}: the dense backend has no such setting; "
+                "drop it or choose another --kv-cache",
+                param="kv-cache-config",
+            )
+        return DenseConfig(**options)
+
+    @classmethod
+    def exact(cls, config: DenseConfig) -> DenseConfig:
+        """Dense always is."""
+        return config
+
+    @property
+    def n_free_tokens(self) -> int:
+        return self._pool.n_available * self._spec.page_size
+
+    @property
+    def n_total_tokens(self) -> int:
+        return (self._pool.n_pages - 1) * self._spec.page_size
+
+    def salt(self) -> tuple[str, ...]:
+        spec = self._spec
+        return ("dense", str(spec.dtype), str(spec.page_size), self._rotary_digest())
+
+    def _rotary_digest(self) -> str:
+        # The rope variant (longrope's short or long factors) changes every stored key.
+        table = self._rotary
+        last = torch.stack((table.cos[-1], table.sin[-1])).double().sum(1).tolist()
+        return f"{table.width},{table.interleaved},{table.cos.shape[0]},{last}"
+
+    # Pages.
+
+    def attach(self, seq: Sequence) -> int:
+        size = self._spec.page_size
+        assert not seq.pages, f"{seq.request.id} already holds pages"
+        if not self._shares or seq.request.sampling.prompt_logprobs is not None:
+            return 0  # a prompt that is to be scored must be computed
+        key = self._index.root(seq.generation, seq.request.salt)
+        for start in range(0, len(seq.tokens) - self.n_recomputed - size + 1, size):
+            tokens = seq.tokens[start : start + size]
+            key = self._index.extend(key, tokens)
+            page = self._index.find(key, tokens)
+            if page is None:
+                break
+            self._pool.share(page)
+            seq.pages.append(page)
+            seq.page_keys.append(key)
+        seq.n_computed = len(seq.pages) * size
+        return seq.n_computed
+
+    def reserve(self, seq: Sequence, n_tokens: int) -> bool:
+        wanted = -(-(seq.n_computed + n_tokens) // self._spec.page_size) - len(seq.pages)
+        if wanted <= 0:
+            return True
+        pages = self._pool.take(wanted)
+        if pages is None:
+            return False
+        seq.pages.extend(pages)
+        return True
+
+    def commit(self, seq: Sequence) -> None:
+        if not self._shares:
+            return
+        size = self._spec.page_size
+        keys = seq.page_keys
+        for i in range(len(keys), seq.n_computed // size):
+            tokens = seq.tokens[i * size : (i + 1) * size]
+            before = keys[-1] if keys else self._index.root(seq.generation, seq.request.salt)
+            keys.append(self._index.extend(before, tokens))
+            self._index.publish(keys[-1], tokens, seq.pages[i])
+
+    def fork(self, seq: Sequence, child: Sequence) -> bool:
+        full, partial = divmod(seq.n_computed, self._spec.page_size)
+        own: list[int] = []
+        if partial:
+            taken = self._pool.take(1)
+            if taken is None:
+                return False
+            own = taken
+            for pages in (*self._keys, *self._values):
+                pages[own[0]].copy_(pages[seq.pages[full]])
+        for page in seq.pages[:full]:
+            self._pool.share(page)
+        child.pages = seq.pages[:full] + own
+        child.page_keys = seq.page_keys[:full]
+        child.n_computed = seq.n_computed
+        return True
+
+    def release(self, seq: Sequence) -> None:
+        # Deepest first, so that of one prefix the rarer end is evicted before the shared start.
+        for page in reversed(seq.pages):
+            self._pool.give_back(page, keep=self._index.holds(page))
+        seq.pages = []
+        seq.page_keys = []
+
+    # Tensors.
+
+    def plan(self, batch: Batch) -> _Plan:
+        spec = self._spec
+        decode: dict[int | None, DecodePlan] = {}
+        if batch.n_decode:
+            for window in set(spec.windows):
+                decode[window] = plan_decode(
+                    batch.page_table[: batch.n_decode],
+                    batch.context_len[: batch.n_decode],
+                    spec.page_size,
+                    window,
+                    spec.device,
+                    token_bytes=spec.n_kv_heads * spec.head_dim * spec.dtype.itemsize,
+                )
+        return _Plan(decode)
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        x: torch.Tensor,
+        batch: Batch,
+    ) -> torch.Tensor:
+        assert isinstance(batch.plan, _Plan), "the batch was not planned by this backend"
+        keys, values = self._keys[layer], self._values[layer]
+        window, scale = self._spec.windows[layer], self._spec.scale
+        q = rotate_and_write(q, k, v, batch.positions, self._rotary, keys, values, batch.write_at)
+        n = batch.n_decode
+        parts = []
+        if n:
+            parts.append(decode_attention(q[:n], keys, values, batch.plan.decode[window], scale))
+        if n < len(batch.context_len):
+            first = batch.query_start[n]
+            parts.append(
+                prefill_attention(
+                    q[first:],
+                    keys,
+                    values,
+                    batch.page_table[n:],
+                    tuple(start - first for start in batch.query_start[n:]),
+                    batch.context_len[n:],
+                    scale,
+                    window,
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    # Proof and metrics.
+
+    def check(self, live: Iterable[Sequence]) -> None:
+        self._pool.check(seq.pages for seq in live)
+
+    def stats(self, live: Iterable[Sequence]) -> CacheStats:
+        held = self._pool.n_held
+        return CacheStats(
+            bytes_in_use={"dense": held * self._page_bytes},
+            tokens=sum(seq.n_computed for seq in live),
+            usage=held / max(1, self._pool.n_pages - 1),
+        )

@@ -1,0 +1,100 @@
+"""Pages of one pool: which are free, who reads the others, which are kept for a later hit."""
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from ..core.faults import hit
+
+
+class PagePool:
+    """Reference-counted page numbers `1 … n_pages - 1`; page 0 is scratch and never handed out.
+
+    A page is free, or held (it has readers), or idle (no reader, but its content is kept for a
+    prefix hit). Idle pages count as free: they are evicted, least recently used first, when the
+    free ones run out. Free pages are handed out lowest first, which keeps the pages of a batch
+    close together, so that attention reads them as few long runs.
+    """
+
+    def __init__(self, n_pages: int, on_evict: Callable[[int], None]) -> None:
+        """`on_evict(page)` is called before an idle page is handed out again."""
+        self.n_pages = n_pages
+        self._free = list(range(1, n_pages))
+        self._readers = [0] * n_pages
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._on_evict = on_evict
+
+    @property
+    def n_available(self) -> int:
+        """Pages that `take` could hand out now."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def n_held(self) -> int:
+        """Pages that have readers."""
+        return self.n_pages - 1 - self.n_available
+
+    def take(self, n: int) -> list[int] | None:
+        """`n` pages with one reader each, or None when there are not that many."""
+        if n > self.n_available:
+            return None
+        hit("kv.alloc")
+        pages = []
+        for _ in range(n):
+            if self._free:
+                page = heapq.heappop(self._free)
+            else:
+                page, _ = self._idle.popitem(last=False)
+                self._on_evict(page)
+            self._readers[page] = 1
+            pages.append(page)
+        return pages
+
+    def share(self, page: int) -> None:
+        """One more reader of a held or idle page."""
+        if self._readers[page] == 0:
+            del self._idle[page]
+        self._readers[page] += 1
+
+    def give_back(self, page: int, *, keep: bool) -> None:
+        """One reader less; the last one leaves the page idle if `keep`, else free."""
+        assert self._readers[page] > 0, f"page {page} is given back but nobody holds it"
+        self._readers[page] -= 1
+        if self._readers[page]:
+            return
+        if keep:
+            self._idle[page] = None
+        else:
+            heapq.heappush(self._free, page)
+
+    def check(self, held: Iterable[Iterable[int]]) -> None:
+        """Prove the ledger: every page is free, idle, or read as often as `held` lists it."""
+        readers = [0] * self.n_pages
+        for pages in held:
+            for page in pages:
+                readers[page] += 1
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free), "a page is free twice"
+        wrong = [
+            (page, self._readers[page], readers[page], page in free, page in idle)
+            for page in range(self.n_pages)
+            if self._readers[page] != readers[page]
+            or (page in free) + (page in idle) + (readers[page] > 0) != (page > 0)
+        ]
+        assert not wrong, (
+            f"page ledger (page, readers counted, readers found, free, idle): {wrong[:8]}"
+        )
+
+
+def pool_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A zeroed tensor for pages; on a CPU its memory is taken when a page is first written.
+
+    `torch.zeros` writes every byte, which for a pool of gigabytes takes seconds and the memory.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)
