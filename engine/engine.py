@@ -1,0 +1,245 @@
+"""Requests become tokens: one step is schedule, forward, sample, commit."""
+
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from ..cache.registry import backend
+from ..core import faults
+from ..core.config import Config, resolve
+from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
+from ..core.report import EngineInfo, EngineStats
+from ..core.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
+from ..demo.where import model_dir
+from ..models.loader import load, locate, read_config
+from .loop import error_output
+from .plan import keep_freed_memory, pages_that_fit, probe, served_len
+from .runner import Draw, Runner
+from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Owns the model, the cache and every sequence. Not thread-safe: one loop drives it."""
+
+    def __init__(self, config: Config) -> None:
+        """Load the model and take the KV pool.
+
+        Raises `Refused` or `NotFound` for settings, checkpoints or memory that cannot work.
+        """
+        started = time.monotonic()
+        config.check()
+        keep_freed_memory()
+        kind = backend(config.cache.kind)
+        options = kind.parse({"prefix": config.cache.prefix, **config.cache.options})
+        path = locate(config.model.path or str(model_dir()), config.model.revision)
+        architecture = read_config(path)
+        hardware = probe(config.model.device)
+        config = resolve(config, hardware, architecture.checkpoint_dtype)
+        device = torch.device(config.model.device)
+        dtype = getattr(torch, config.model.dtype)
+        max_len = served_len(config.model.max_len, architecture.max_position)
+        # On a terminal only: a log file gets no bar.
+        with tqdm(desc="weights", unit="B", unit_scale=True, disable=None) as bar:
+
+            def show(n_done: int, n_bytes: int) -> None:
+                bar.total = n_bytes
+                bar.update(n_done - bar.n)
+
+            model = load(path, dtype, device, max_len, show)
+        spec = model.cache_spec(config.cache.page_size, max_len, dtype, device)
+        footprint = kind.footprint(spec, options)
+        n_pages = pages_that_fit(
+            spec, footprint, config.cache, config.scheduler, hardware.free_bytes - model.nbytes
+        )
+        cache = kind(spec, model.rotary, options, n_pages)
+        model.bind(cache)
+        self.info = EngineInfo(
+            architecture=architecture.architecture,
+            dtype=config.model.dtype,
+            device=config.model.device,
+            machine=hardware.name,
+            vocab_size=architecture.vocab_size,
+            max_len=max_len,
+            kv_cache=config.cache.kind,
+            page_size=config.cache.page_size,
+            n_pages=n_pages,
+            weight_bytes=model.nbytes,
+            kv_bytes=n_pages * footprint.bytes_per_token * config.cache.page_size,
+            bytes_per_token=footprint.bytes_per_token,
+            kv_tokens=cache.n_total_tokens,
+            identity=spec.identity,
+            load_s=time.monotonic() - started,
+        )
+        self._max_queued = config.scheduler.max_queued
+        self._cache = cache
+        self._scheduler = Scheduler(config.scheduler, cache)
+        self._runner = Runner(model, cache, config.cache.page_size, device)
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._n_requests = 0
+        self._n_steps = self._prompt_tokens = self._generated_tokens = 0
+        self._step_tokens, self._step_s = 0, 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences)
+
+    # Commands; the loop applies them between steps.
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises `TooLong` when prompt and wish exceed the context, `NotFound` for an adapter,
+        `Overloaded` when the queue is full.
+        """
+        wanted = len(request.prompt) + request.sampling.max_tokens
+        if wanted > self.info.max_len or not request.prompt:
+            raise TooLong(
+                f"the prompt has {len(request.prompt):,} tokens and {request.sampling.max_tokens:,}"
+                f" more are asked for: {wanted:,} together, but the context holds "
+                f"{self.info.max_len:,} (and a prompt at least 1)",
+                param="max_tokens",
+            )
+        if request.adapter is not None:
+            raise NotFound(f"no adapter {request.adapter!r} is loaded", param="model")
+        if self._scheduler.n_waiting >= self._max_queued:
+            raise Overloaded(
+                f"{self._scheduler.n_waiting} requests are waiting, the limit of "
+                "--max-queued-requests; try again later",
+                retry_after_s=1.0,
+            )
+        self._n_requests += 1
+        sequences = [
+            Sequence(request, index, list(request.prompt), order=self._n_requests)
+            for index in range(request.sampling.n)
+        ]
+        sequences[0].forks = sequences[1:]
+        self._sequences[request.id] = sequences
+        self._scheduler.add(sequences[0])
+
+    def abort(self, request_id: str) -> None:
+        """End a request now and release all it holds; unknown ids are ignored."""
+        for seq in self._sequences.pop(request_id, ()):
+            self._scheduler.remove(seq)
+
+    def fail_all(self, error: KvfoldError) -> list[Output]:
+        """End every request with an error; the engine is empty and consistent afterwards."""
+        outputs = [
+            error_output(seq.request.id, seq.index, error)
+            for sequences in self._sequences.values()
+            for seq in sequences
+            if seq.finish is None
+        ]
+        for request_id in list(self._sequences):
+            self.abort(request_id)
+        return outputs
+
+    # One step.
+
+    @torch.inference_mode()
+    def step(self) -> list[Output]:
+        """Advance every sequence that has room by its planned tokens; at most one output each."""
+        started = time.monotonic()
+        planned = self._scheduler.schedule()
+        for seq in planned:
+            if seq.scheduled_at is None:
+                seq.scheduled_at = started
+        faults.hit("engine.step")
+        draws = self._runner.run(planned)
+        self._n_steps += 1
+        self._step_tokens = sum(seq.n_planned for seq in planned)
+        for seq in planned:
+            seq.n_computed += seq.n_planned
+            seq.n_planned = 0
+            self._cache.commit(seq)
+        outputs = [self._advance(draw) for draw in draws]
+        self._step_s = time.monotonic() - started
+        return outputs
+
+    def _advance(self, draw: Draw) -> Output:
+        """Take in what was drawn for a sequence whose context is now complete."""
+        seq = draw.sequence
+        sampling = seq.request.sampling
+        first = seq.n_generated == 0
+        if draw.token is not None:
+            seq.tokens.append(draw.token)
+            self._generated_tokens += 1
+            if draw.token in sampling.stop_token_ids and seq.n_generated >= sampling.min_tokens:
+                seq.finish = FinishReason.STOP
+        if seq.finish is None and seq.n_generated >= sampling.max_tokens:
+            seq.finish = FinishReason.LENGTH
+        if first and seq.index == 0:
+            self._prompt_tokens += seq.n_prompt
+            self._part(seq)
+        output = Output(
+            id=seq.request.id,
+            index=seq.index,
+            tokens=() if draw.token is None else (draw.token,),
+            logprobs=None if draw.logprobs is None else (draw.logprobs,),
+            prompt_logprobs=self._scored_prompt(seq) if first and seq.index == 0 else None,
+            finish=seq.finish,
+            stop_token=draw.token if seq.finish is FinishReason.STOP else None,
+            n_cached=seq.n_cached,
+            scheduled_at=seq.scheduled_at,
+            n_preempted=seq.n_preempted,
+        )
+        if seq.finish is not None:
+            self._retire(seq)
+        return output
+
+    def _part(self, seq: Sequence) -> None:
+        """The prompt is computed once: its other continuations now go their own ways."""
+        self._cache.seal(seq)
+        for fork in seq.forks:
+            fork.scheduled_at, fork.n_cached = seq.scheduled_at, seq.n_cached
+            if self._cache.fork(seq, fork):
+                self._scheduler.start(fork)
+            else:
+                self._scheduler.add(fork)
+        seq.forks = []
+
+    @staticmethod
+    def _scored_prompt(seq: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+        if seq.request.sampling.prompt_logprobs is None:
+            return None
+        return (None, *seq.prompt_logprobs)
+
+    def _retire(self, seq: Sequence) -> None:
+        self._scheduler.remove(seq)
+        sequences = self._sequences[seq.request.id]
+        if all(other.finish is not None for other in sequences):
+            del self._sequences[seq.request.id]
+
+    # Reports.
+
+    def _live(self) -> Iterator[Sequence]:
+        return (seq for sequences in self._sequences.values() for seq in sequences)
+
+    def check(self) -> None:
+        """Prove that every page is accounted for; AssertionError carries the ledger."""
+        self._cache.check(self._live())
+
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics."""
+        cache = self._cache.stats(self._live())
+        return EngineStats(
+            n_running=len(self._scheduler.running),
+            n_waiting=self._scheduler.n_waiting,
+            kv_usage=cache.usage,
+            kv_bytes=cache.bytes_in_use,
+            kv_tokens=cache.tokens,
+            n_preempted=self._scheduler.n_preempted,
+            n_steps=self._n_steps,
+            prefix_queries=self._scheduler.prefix_queries,
+            prefix_hits=self._scheduler.prefix_hits,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            step_tokens=self._step_tokens,
+            step_s=self._step_s,
+            n_free_pages=self._cache.n_free_tokens // self.info.page_size,
+        )

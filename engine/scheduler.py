@@ -1,0 +1,139 @@
+"""Who computes what in the next step: admission, chunked prefill, preemption."""
+
+import bisect
+import heapq
+from collections.abc import Iterator
+
+from ..cache.base import KVCache
+from ..core.config import SchedulerSettings
+from ..core.sequence import Sequence
+
+SCORED_CHUNK = 256
+"""Prompt tokens per step of a request that wants prompt logprobs: each costs a row of logits."""
+
+
+class Scheduler:
+    """Continuous batching under a token budget.
+
+    Every running sequence that decodes gets its one token first; what is left of the budget goes to
+    prompts, oldest first, in chunks. When pages run out the youngest running sequence is preempted:
+    it gives its pages back and recomputes later, from its old place in the queue. The oldest
+    sequence can always preempt all others, so something always advances.
+    """
+
+    def __init__(self, settings: SchedulerSettings, cache: KVCache) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._running: list[Sequence] = []
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self.n_preempted = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Sequences that hold pages, oldest first."""
+        return self._running
+
+    @property
+    def waiting(self) -> Iterator[Sequence]:
+        """Sequences that hold nothing yet, or nothing any more; in no order."""
+        return (seq for _, seq in self._waiting)
+
+    @property
+    def n_waiting(self) -> int:
+        """Sequences in the queue."""
+        return len(self._waiting)
+
+    def _age(self, seq: Sequence) -> tuple[int, int, int]:
+        priority = seq.request.priority if self._settings.policy == "priority" else 0
+        return (priority, seq.order, seq.index)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        heapq.heappush(self._waiting, (self._age(seq), seq))
+
+    def start(self, seq: Sequence) -> None:
+        """Let a sequence run that already holds its pages (a fork)."""
+        bisect.insort(self._running, seq, key=self._age)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence, wherever it is, and release what it holds."""
+        if seq in self._running:
+            self._running.remove(seq)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not seq]
+            heapq.heapify(self._waiting)
+        self._cache.release(seq)
+
+    def schedule(self) -> list[Sequence]:
+        """Set `n_planned` of the sequences that take part in the next step, and return them.
+
+        Those that compute a single token come first. A sequence that is not returned has
+        `n_planned == 0`.
+        """
+        budget = self._settings.max_tokens
+        for seq in self._running:
+            seq.n_planned = min(1, seq.n_uncomputed)
+            budget -= seq.n_planned
+        for seq in self._running:
+            more = min(self._chunk(seq) - seq.n_planned, budget)
+            seq.n_planned += more
+            budget -= more
+        preempted = self._reserve()
+        if not preempted:
+            self._admit(budget)
+        planned = [seq for seq in self._running if seq.n_planned]
+        return sorted(planned, key=lambda seq: seq.n_planned > 1)
+
+    def _chunk(self, seq: Sequence) -> int:
+        if seq.request.sampling.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
+            return min(seq.n_uncomputed, SCORED_CHUNK)
+        return seq.n_uncomputed
+
+    def _reserve(self) -> bool:
+        """Get pages for what is planned, oldest first; True when somebody had to give way."""
+        preempted = False
+        position = 0
+        while position < len(self._running):
+            seq = self._running[position]
+            while not self._cache.reserve(seq, seq.n_planned):
+                preempted = True
+                victim = self._running[-1]
+                self._preempt(victim)
+                if victim is seq:
+                    break
+            else:
+                position += 1
+        return preempted
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._running.remove(seq)
+        self._cache.release(seq)
+        seq.n_computed = seq.n_planned = 0
+        seq.prompt_logprobs.clear()
+        seq.n_preempted += 1
+        self.n_preempted += 1
+        self.add(seq)
+
+    def _admit(self, budget: int) -> None:
+        """Start waiting sequences, in order, while tokens, rows and pages last."""
+        while self._waiting and budget and len(self._running) < self._settings.max_sequences:
+            seq = self._waiting[0][1]
+            found = self._cache.attach(seq)
+            # Room for the whole prompt, not only for its first chunk: a prompt that runs out of
+            # pages half-way would preempt its neighbours, or itself, for nothing.
+            fits = seq.n_uncomputed <= self._cache.n_free_tokens
+            n_planned = min(self._chunk(seq), budget)
+            if not fits or not self._cache.reserve(seq, n_planned):
+                self._cache.release(seq)
+                seq.n_computed = 0
+                return
+            heapq.heappop(self._waiting)
+            if not seq.n_preempted:
+                seq.n_cached = found
+                self.prefix_queries += len(seq.tokens)
+                self.prefix_hits += found
+            seq.n_planned = n_planned
+            budget -= n_planned
+            self.start(seq)

@@ -1,0 +1,90 @@
+"""A tiny random checkpoint, and an engine on it that can be driven by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSettings
+from kvfold.core.sequence import Output, Request, SamplingParams
+from kvfold.engine.engine import Engine
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with weights large enough that its greedy text is not one token for ever."""
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    )
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    path = tmp_path_factory.mktemp("tiny-llama")
+    model.save_pretrained(path)
+    return path
+
+
+class Driver:
+    """An engine and what it has said so far."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[tuple[str, int], list[Output]] = {}
+        self.n_steps = 0
+
+    def add(self, request_id: str, prompt: list[int], **sampling: Any) -> None:
+        fields = {"priority", "salt"} & set(sampling)
+        extra = {name: sampling.pop(name) for name in fields}
+        params = SamplingParams(**{"max_tokens": 16, "temperature": 0.0, **sampling})
+        self.engine.add(Request(id=request_id, prompt=tuple(prompt), sampling=params, **extra))
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            self.outputs.setdefault((output.id, output.index), []).append(output)
+        self.n_steps += 1
+        self.engine.check()
+
+    def run(self) -> None:
+        """Step until nothing is left; a bound turns a hang into a failure."""
+        for _ in range(5000):
+            if not self.engine.has_work:
+                return
+            self.step()
+        raise AssertionError("the engine never finishes")
+
+    def tokens(self, request_id: str, index: int = 0) -> list[int]:
+        return [t for output in self.outputs[request_id, index] for t in output.tokens]
+
+
+@pytest.fixture
+def driver(checkpoint: Path) -> Callable[..., Driver]:
+    """Build an engine; keyword arguments are scheduler settings, `pages` and `page_size`."""
+
+    def make(pages: int = 200, page_size: int = 16, prefix: bool = True, **settings: Any) -> Driver:
+        bytes_per_page = 2 * 2 * 2 * 16 * 4 * page_size
+        config = Config(
+            model=ModelSettings(path=str(checkpoint), dtype="float32", device="cpu", max_len=256),
+            cache=CacheSettings(
+                page_size=page_size, memory_bytes=(pages + 1) * bytes_per_page, prefix=prefix
+            ),
+            scheduler=SchedulerSettings(**{"max_sequences": 32, "max_tokens": 256, **settings}),
+        )
+        return Driver(Engine(config))
+
+    return make
