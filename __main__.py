@@ -1,0 +1,5 @@
+"""`python -m kvfold` is the `kvfold` command."""
+
+from .server.cli import main
+
+main()

@@ -1,0 +1,180 @@
+"""The command line: every setting has its flag, and every value its source."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kvfold.core.config import Config
+from kvfold.core.errors import Refused
+from kvfold.server import cli
+from typer.testing import CliRunner, Result
+
+# vLLM's spelling where the meaning is the same.
+FLAGS = {
+    "model.path": "MODEL",
+    "model.served_names": "--served-model-name",
+    "model.revision": "--revision",
+    "model.tokenizer": "--tokenizer",
+    "model.chat_template": "--chat-template",
+    "model.dtype": "--dtype",
+    "model.device": "--device",
+    "model.max_len": "--max-model-len",
+    "model.seed": "--seed",
+    "cache.kind": "--kv-cache",
+    "cache.options": "--kv-cache-config",
+    "cache.page_size": "--block-size",
+    "cache.memory_bytes": "--kv-cache-memory-bytes",
+    "cache.memory_share": "--gpu-memory-utilization",
+    "cache.prefix": "--enable-prefix-caching",
+    "scheduler.max_sequences": "--max-num-seqs",
+    "scheduler.max_tokens": "--max-num-batched-tokens",
+    "scheduler.policy": "--scheduling-policy",
+    "scheduler.max_queued": "--max-queued-requests",
+    "server.host": "--host",
+    "server.port": "--port",
+    "server.api_keys": "--api-key",
+    "server.in_process": "--in-process",
+    "server.strict_params": "--strict-params",
+    "server.metrics_compat": "--metrics-compat",
+    "server.request_timeout_s": "--request-timeout",
+    "server.drain_s": "--shutdown-timeout",
+    "server.max_body_bytes": "--max-body-bytes",
+    "server.allowed_origins": "--allowed-origins",
+}
+
+
+def serve(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(cli.app, cli.fold_dotted(["serve", *arguments]), env=env)
+
+
+def shown(*arguments: str, env: dict[str, str] | None = None) -> dict[str, tuple[str, str]]:
+    """Value and source of each setting, as --dry-run prints them."""
+    result = serve("--dry-run", *arguments, env=env)
+    assert result.exit_code == 0, result.output
+    lines = [line.split(maxsplit=1) for line in result.output.splitlines()]
+    return {name: tuple(rest.rsplit("  ", 1)) for name, rest in lines}  # type: ignore[misc]
+
+
+def test_flags_and_settings_are_in_step() -> None:
+    settings = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+    }
+    assert settings == set(FLAGS)
+    by_flag = cli.flags()
+    for setting, flag in FLAGS.items():
+        if flag != "MODEL":
+            assert by_flag[flag.removeprefix("--")] == setting
+    assert set(by_flag.values()) == settings - {"model.path"}
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None:
+    file = tmp_path / "kvfold.yaml"
+    file.write_text(
+        "model: somewhere\nserver: {port: 1, drain_s: 3}\nmax-model-len: 4K\nmax_num_seqs: 5\n"
+    )
+    env = {"KVFOLD_PORT": "2", "KVFOLD_MAX_NUM_SEQS": "6"}
+    values = shown("--config", str(file), "--port", "3", env=env)
+    values = {name: (value.strip(), source.strip()) for name, (value, source) in values.items()}
+    assert values["model.path"] == ('"somewhere"', f"file {file}")
+    assert values["server.port"] == ("3", "flag")
+    assert values["scheduler.max_sequences"] == ("6", "environment")
+    assert values["model.max_len"] == ("4096", f"file {file}")
+    assert values["server.drain_s"] == ("3.0", f"file {file}")
+    assert values["server.host"] == ('"127.0.0.1"', "default")
+
+
+def test_lists_json_and_dots() -> None:
+    values = shown(
+        *("--served-model-name", "a b", "--served-model-name", "c", "--api-key", "secret"),
+        *(
+            "--kv-cache-config.prune",
+            "0.5",
+            "--kv-cache-config.mode=fast",
+            "--no-enable-prefix-caching",
+        ),
+    )
+    values = {name: (value.strip(), source) for name, (value, source) in values.items()}
+    assert values["model.served_names"][0] == '["a", "b", "c"]'
+    assert values["cache.options"][0] == '{"prune": 0.5, "mode": "fast"}'
+    assert values["cache.prefix"][0] == "false"
+    assert "secret" not in str(values)
+    both = cli.fold_dotted(["--kv-cache-config", '{"a": 1}', "--kv-cache-config.b", "2", "rest"])
+    assert both == ["rest", "--kv-cache-config", '{"a": 1, "b": 2}']
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("1k", 1000), ("1K", 1024), ("25.6k", 25600), ("2g", 2 * 10**9), ("2G", 2**31)],
+)
+def test_counts(text: str, number: int) -> None:
+    assert cli.count(text) == number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--trust-remote-code"], "never runs"),
+        (["--port", "x"], "port"),
+        (["--port", "70000"], "70000"),
+        (["--max-model-len", "1.5"], "whole"),
+        (["--max-model-len", "many"], "4096"),
+        (["--max-num-seqs", "0"], "at least 1"),
+        (["--dtype", "int3"], "float32"),
+        (["--kv-cache-config", "[1]"], "JSON object"),
+        (["--no-such-flag"], "no-such-flag"),
+        (["--config", "/nonexistent.yaml"], "nonexistent"),
+        (["/nonexistent/model"], "nonexistent"),
+        (["--chat-template", "/nonexistent"], "nonexistent"),
+    ],
+)
+def test_wrong_settings_are_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+    result = serve(*arguments)
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "- a list",
+        "nonsense: 1",
+        "server: {nonsense: 1}",
+        "server: {port: abc}",
+        "port: [",
+        "server: {host: 5}",
+    ],
+)
+def test_wrong_files(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "kvfold.yaml"
+    file.write_text(content)
+    result = serve("--dry-run", "--config", str(file))
+    assert result.exit_code == 2, result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.output.startswith("kvfold 0.")
+
+
+def test_settings_refuse_by_name() -> None:
+    with pytest.raises(Refused, match=r"cache\.nonsense"):
+        cli.resolve({"cache.nonsense": 1})
+
+
+def test_api_process_and_command_line_stay_light() -> None:
+    program = (
+        "import sys, kvfold.server.cli; light = set(sys.modules);"
+        "import kvfold.server.app, kvfold.server.launch;"
+        "print(sorted({'fastapi', 'uvicorn', 'pydantic', 'orjson'} & light),"
+        "sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[] []"
