@@ -128,13 +128,15 @@ class Config:
             ("max-num-batched-tokens", self.scheduler.max_tokens, 1),
             ("max-queued-requests", self.scheduler.max_queued, 1),
             ("block-size", self.cache.page_size, 8),
-            ("max-model-len", self.model.max_len or 1, 1),
-            ("kv-cache-memory-bytes", self.cache.memory_bytes or 1, 1),
+            ("max-model-len", self.model.max_len, 1),
+            ("kv-cache-memory-bytes", self.cache.memory_bytes, 1),
             ("port", self.server.port, 0),
             ("max-body-bytes", self.server.max_body_bytes, 1),
         )
+        if self.server.port > 65535:
+            raise Refused(f"--port is {self.server.port}; it must be at most 65535")
         for flag, number, least in at_least:
-            if number < least:
+            if number is not None and number < least:
                 raise Refused(f"--{flag} is {number}; it must be at least {least}")
         if self.scheduler.max_tokens < self.scheduler.max_sequences:
             raise Refused(
@@ -163,15 +165,26 @@ class Hardware:
     """Whether bfloat16 matrix products run at full speed."""
 
 
-def resolve(config: Config, hardware: Hardware, checkpoint_dtype: str) -> Config:
-    """Replace every "auto" by what this hardware and this checkpoint make of it."""
+SMALL_BYTES = 64 * 2**20
+"""Weights below this are not limited by memory bandwidth on any CPU."""
+
+
+def resolve(
+    config: Config, hardware: Hardware, checkpoint_dtype: str, checkpoint_bytes: int
+) -> Config:
+    """Replace every "auto" by what this hardware and this checkpoint make of it.
+
+    The dtype is the checkpoint's, but on a CPU float32 where bfloat16 has no fast products, and for
+    small models: they are no slower, and their greedy text then does not change when a prompt is
+    chunked differently or found in the prefix cache.
+    """
     model = config.model
+    device = hardware.device if model.device == "auto" else model.device
     dtype = model.dtype
     if dtype == "auto":
         dtype = checkpoint_dtype
-        if dtype != "float32" and hardware.device == "cpu" and not hardware.has_bfloat16:
-            dtype = "float32"
-        elif dtype == "float16" and hardware.device == "cpu":
-            dtype = "bfloat16"
-    device = hardware.device if model.device == "auto" else model.device
+        if device == "cpu":
+            is_small = checkpoint_bytes < SMALL_BYTES
+            dtype = "bfloat16" if hardware.has_bfloat16 and dtype == "float16" else dtype
+            dtype = dtype if hardware.has_bfloat16 and not is_small else "float32"
     return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, device=device))

@@ -14,7 +14,7 @@ from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
 from ..core.report import EngineInfo, EngineStats
 from ..core.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..demo.where import model_dir
-from ..models.loader import load, locate, read_config
+from ..models.loader import load, locate, read_config, weight_bytes
 from .loop import error_output
 from .plan import keep_freed_memory, pages_that_fit, probe, served_len
 from .runner import Draw, Runner
@@ -39,7 +39,7 @@ class Engine:
         path = locate(config.model.path or str(model_dir()), config.model.revision)
         architecture = read_config(path)
         hardware = probe(config.model.device)
-        config = resolve(config, hardware, architecture.checkpoint_dtype)
+        config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
         device = torch.device(config.model.device)
         dtype = getattr(torch, config.model.dtype)
         max_len = served_len(config.model.max_len, architecture.max_position)

@@ -71,6 +71,11 @@ def identity(path: Path) -> str:
     return checkpoint.fingerprint(path)
 
 
+def weight_bytes(path: Path) -> int:
+    """Size of a checkpoint's weight files. Raises `Refused` when there are none."""
+    return sum(file.stat().st_size for file in checkpoint.shards(path))
+
+
 def load(
     path: Path,
     dtype: torch.dtype,
