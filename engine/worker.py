@@ -44,6 +44,9 @@ Frame = TypeVar("Frame", bound=Command | Report)
 MAX_UNSENT_BYTES = 64 * 2**20
 """Commands that may wait for an engine that does not read; above it requests are refused."""
 
+KILL_S = 60.0
+"""For a killed process to be gone; a driver may have gigabytes to unpin first."""
+
 
 class OutputStream(Protocol):
     """The outputs of one request, those of one step together: an async iterator to be closed."""
@@ -263,6 +266,8 @@ class _Base(ABC):
         self._reason = self._reason or "closed"
         self._fall_silent(Unavailable("the engine is shutting down", code="engine_stopped"))
         for insist, patience_s in self._ladder():
+            if self._dead.is_set():
+                return
             insist()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._dead.wait(), patience_s)
@@ -414,7 +419,7 @@ class ProcessWorker(_Base):
         return [
             (lambda: self._send(Stop()), self._stop_s),
             (process.terminate, self._stop_s),
-            (process.kill, self._stop_s),
+            (process.kill, KILL_S),
         ]
 
     async def _reap(self) -> str:
