@@ -71,7 +71,7 @@ class CacheStats:
     bytes_in_use: dict[str, int]
     """By pool, as allocated: pages that a live sequence holds."""
     tokens: int
-    """Tokens whose keys and values live sequences hold."""
+    """Tokens whose keys and values live sequences hold, each shared one once."""
     usage: float
     """Share of the pool that live sequences hold, 0..1."""
 

@@ -218,8 +218,11 @@ class DenseCache(KVCache):
 
     def stats(self, live: Iterable[Sequence]) -> CacheStats:
         held = self._pool.n_held
+        computed = [(seq.n_computed, len(seq.pages)) for seq in live]
+        # Only full pages are shared: each reader beyond the first counts a page's tokens again.
+        n_again = sum(n_pages for _, n_pages in computed) - held
         return CacheStats(
             bytes_in_use={"dense": held * self._page_bytes},
-            tokens=sum(seq.n_computed for seq in live),
+            tokens=sum(n for n, _ in computed) - n_again * self._spec.page_size,
             usage=held / max(1, self._pool.n_pages - 1),
         )

@@ -13,6 +13,8 @@ class EngineInfo:
     machine: str
     """Processor or accelerator, in words."""
     vocab_size: int
+    eos_ids: tuple[int, ...]
+    """Tokens that end a text, as the checkpoint says."""
     max_len: int
     kv_cache: str
     page_size: int
@@ -37,7 +39,7 @@ class EngineStats:
     kv_bytes: dict[str, int] = field(default_factory=dict)
     """By pool: bytes that live sequences hold, as allocated."""
     kv_tokens: int = 0
-    """Tokens whose keys and values live sequences hold."""
+    """Tokens whose keys and values live sequences hold, each shared one once."""
     n_preempted: int = 0
     n_steps: int = 0
     prefix_queries: int = 0

@@ -130,6 +130,8 @@ class TokenLogprobs:
 
     token: int
     logprob: float
+    rank: int | None = None
+    """1 is the likeliest; None where nobody counted."""
     top_tokens: tuple[int, ...] = ()
     top_logprobs: tuple[float, ...] = ()
 

@@ -21,9 +21,9 @@ _PR_SET_PDEATHSIG = 1
 def main(sock: socket.socket, config: str, engine: str, parent: int) -> None:
     """Run an engine for the process `parent` at the other end of `sock`; `config` is JSON."""
     _die_with(parent)
-    # Ctrl-C reaches the whole process group; the parent drains and then says stop.
+    # Both may reach the whole process group; the parent drains and then says stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s"

@@ -64,6 +64,7 @@ class Engine:
             device=config.model.device,
             machine=hardware.name,
             vocab_size=architecture.vocab_size,
+            eos_ids=tuple(architecture.eos_ids),
             max_len=max_len,
             kv_cache=config.cache.kind,
             page_size=config.cache.page_size,
@@ -122,10 +123,25 @@ class Engine:
         self._sequences[request.id] = sequences
         self._scheduler.add(sequences[0])
 
-    def abort(self, request_id: str) -> None:
-        """End a request now and release all it holds; unknown ids are ignored."""
-        for seq in self._sequences.pop(request_id, ()):
-            self._scheduler.remove(seq)
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one continuation of it, and release what it holds.
+
+        Unknown ids are ignored.
+        """
+        sequences = self._sequences.get(request_id, [])
+        # Forks first, so that whoever computes the prompt finds no heir when all of them go.
+        for seq in reversed(sequences):
+            if seq.finish is None and index in (None, seq.index):
+                seq.finish = FinishReason.ABORT
+                self._scheduler.remove(seq)
+                for other in sequences:
+                    if seq in other.forks:
+                        other.forks.remove(seq)
+                if seq.forks:
+                    heir, *heir.forks = seq.forks
+                    seq.forks = []
+                    self._scheduler.add(heir)
+        self._forget_if_over(request_id)
 
     def fail_all(self, error: KvfoldError) -> list[Output]:
         """End every request with an error; the engine is empty and consistent afterwards."""
@@ -153,19 +169,27 @@ class Engine:
         draws = self._runner.run(planned)
         self._n_steps += 1
         self._step_tokens = sum(seq.n_planned for seq in planned)
+        prompted = []
         for seq in planned:
+            is_prompt_left = seq.n_computed < seq.n_prompt
             seq.n_computed += seq.n_planned
             seq.n_planned = 0
             self._cache.commit(seq)
-        outputs = [self._advance(draw) for draw in draws]
+            if is_prompt_left and seq.n_computed >= seq.n_prompt:
+                prompted.append(seq)
+                self._part(seq)
+        outputs = [self._advance(draw, draw.sequence in prompted) for draw in draws]
         self._step_s = time.monotonic() - started
         return outputs
 
-    def _advance(self, draw: Draw) -> Output:
-        """Take in what was drawn for a sequence whose context is now complete."""
+    def _advance(self, draw: Draw, is_prompted: bool) -> Output:
+        """Take in what was drawn for a sequence whose context is now complete.
+
+        `is_prompted` says that this step computed the end of its prompt.
+        """
         seq = draw.sequence
         sampling = seq.request.sampling
-        first = seq.n_generated == 0
+        leads = is_prompted and seq.n_generated == 0
         if draw.token is not None:
             seq.tokens.append(draw.token)
             self._generated_tokens += 1
@@ -173,15 +197,14 @@ class Engine:
                 seq.finish = FinishReason.STOP
         if seq.finish is None and seq.n_generated >= sampling.max_tokens:
             seq.finish = FinishReason.LENGTH
-        if first and seq.index == 0:
+        if leads:
             self._prompt_tokens += seq.n_prompt
-            self._part(seq)
         output = Output(
             id=seq.request.id,
             index=seq.index,
             tokens=() if draw.token is None else (draw.token,),
             logprobs=None if draw.logprobs is None else (draw.logprobs,),
-            prompt_logprobs=self._scored_prompt(seq) if first and seq.index == 0 else None,
+            prompt_logprobs=self._scored_prompt(seq) if leads else None,
             finish=seq.finish,
             stop_token=draw.token if seq.finish is FinishReason.STOP else None,
             n_cached=seq.n_cached,
@@ -197,10 +220,7 @@ class Engine:
         self._cache.seal(seq)
         for fork in seq.forks:
             fork.scheduled_at, fork.n_cached = seq.scheduled_at, seq.n_cached
-            if self._cache.fork(seq, fork):
-                self._scheduler.start(fork)
-            else:
-                self._scheduler.add(fork)
+            self._scheduler.fork(seq, fork)
         seq.forks = []
 
     @staticmethod
@@ -211,9 +231,11 @@ class Engine:
 
     def _retire(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
-        sequences = self._sequences[seq.request.id]
-        if all(other.finish is not None for other in sequences):
-            del self._sequences[seq.request.id]
+        self._forget_if_over(seq.request.id)
+
+    def _forget_if_over(self, request_id: str) -> None:
+        if all(seq.finish is not None for seq in self._sequences.get(request_id, ())):
+            self._sequences.pop(request_id, None)
 
     # Reports.
 

@@ -32,9 +32,10 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Down: end a request wherever it is."""
+    """Down: end a request, or one continuation of it, wherever it is."""
 
     id: str
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,8 @@ class Engine(Protocol):
     def add(self, request: Request) -> None:
         """Queue a request; raises a `KvfoldError` to refuse it."""
 
-    def abort(self, request_id: str) -> None:
-        """End a request and release all it holds; unknown ids are ignored."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or one continuation, and release all it holds; unknown ids are ignored."""
 
     def step(self) -> list[Output]:
         """Advance."""
@@ -160,8 +161,8 @@ def run(engine: Engine, channel: Channel) -> None:
                     return
                 case Ping(nonce):
                     channel.send(Pong(nonce))
-                case Abort(request_id):
-                    engine.abort(request_id)
+                case Abort(request_id, index):
+                    engine.abort(request_id, index)
                     is_changed = True
                 case Add(request):
                     outputs += _add(engine, request)

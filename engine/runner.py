@@ -138,16 +138,18 @@ def _score(seq: Sequence, logits: torch.Tensor) -> None:
 def _token_logprobs(
     logits: torch.Tensor, ids: torch.Tensor, n_tops: list[int]
 ) -> list[TokenLogprobs]:
-    chosen, top_ids, top_values, _ = logprobs(logits, ids, max(n_tops, default=0))
-    columns = (ids.tolist(), chosen.tolist(), top_ids.tolist(), top_values.tolist(), n_tops)
+    chosen, top_ids, top_values, ranks = logprobs(logits, ids, max(n_tops, default=0))
+    top = (top_ids.tolist(), top_values.tolist())
+    columns = (ids.tolist(), chosen.tolist(), ranks.tolist(), *top, n_tops)
     return [
         TokenLogprobs(
             token=token,
             logprob=value,
+            rank=rank,
             top_tokens=tuple(tops[:n_top]),
             top_logprobs=tuple(values[:n_top]),
         )
-        for token, value, tops, values, n_top in zip(*columns, strict=True)
+        for token, value, rank, tops, values, n_top in zip(*columns, strict=True)
     ]
 
 

@@ -53,8 +53,15 @@ class Scheduler:
         """Queue a sequence."""
         heapq.heappush(self._waiting, (self._age(seq), seq))
 
-    def start(self, seq: Sequence) -> None:
-        """Let a sequence run that already holds its pages (a fork)."""
+    def fork(self, seq: Sequence, child: Sequence) -> None:
+        """Let `child` go on from the context of `seq`, or wait when there is no row or page."""
+        has_row = len(self._running) < self._settings.max_sequences
+        if has_row and self._cache.fork(seq, child):
+            self._start(child)
+        else:
+            self.add(child)
+
+    def _start(self, seq: Sequence) -> None:
         bisect.insort(self._running, seq, key=self._age)
 
     def remove(self, seq: Sequence) -> None:
@@ -76,6 +83,7 @@ class Scheduler:
         for seq in self._running:
             seq.n_planned = min(1, seq.n_uncomputed)
             budget -= seq.n_planned
+        assert budget >= 0, f"{len(self._running)} sequences run on {self._settings.max_tokens}"
         for seq in self._running:
             more = min(self._chunk(seq) - seq.n_planned, budget)
             seq.n_planned += more
@@ -130,10 +138,10 @@ class Scheduler:
                 seq.n_computed = 0
                 return
             heapq.heappop(self._waiting)
-            if not seq.n_preempted:
+            if not seq.n_preempted and not seq.n_generated:
                 seq.n_cached = found
                 self.prefix_queries += len(seq.tokens)
                 self.prefix_hits += found
             seq.n_planned = n_planned
             budget -= n_planned
-            self.start(seq)
+            self._start(seq)

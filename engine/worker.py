@@ -92,10 +92,10 @@ class Worker(Protocol):
         no engine to queue it at, `Overloaded` when the engine is too far behind to be told.
         """
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request wherever it is; idempotent, unknown ids are ignored.
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request, or one continuation, wherever it is; idempotent, unknown ids are ignored.
 
-        Its iterator ends with outputs whose finish is `ABORT`.
+        What was stopped has a last output whose finish is `ABORT`.
         """
 
     async def wait_dead(self) -> str:
@@ -220,17 +220,24 @@ class _Base(ABC):
         self._open[request.id] = opened
         return _Stream(self, request.id, opened)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request wherever it is; idempotent, unknown ids are ignored."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request, or one continuation of it; see `Worker.abort`."""
         opened = self._open.get(request_id)
-        if opened is not None:
-            last = tuple(
-                Output(id=request_id, index=index, finish=FinishReason.ABORT)
-                for index in sorted(opened.unfinished)
-            )
+        if opened is None:
+            return
+        stopped = opened.unfinished if index is None else opened.unfinished & {index}
+        if not stopped:
+            return
+        last = tuple(
+            Output(id=request_id, index=each, finish=FinishReason.ABORT) for each in sorted(stopped)
+        )
+        opened.waiting.put_nowait(last)
+        if stopped == opened.unfinished:
             self.abandon(request_id, opened)
-            opened.waiting.put_nowait(last)
             opened.waiting.put_nowait(None)
+        else:
+            opened.unfinished -= stopped
+            self._send(Abort(request_id, index))
 
     def abandon(self, request_id: str, opened: _Open) -> None:
         """Forget a request that nobody reads any more, unless it has ended or its id is reused."""
@@ -418,7 +425,6 @@ class ProcessWorker(_Base):
             return [(self._on_lost, self._stop_s)]
         return [
             (lambda: self._send(Stop()), self._stop_s),
-            (process.terminate, self._stop_s),
             (process.kill, KILL_S),
         ]
 

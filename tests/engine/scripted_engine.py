@@ -13,6 +13,7 @@ from kvfold.core.report import EngineInfo, EngineStats
 from kvfold.core.sequence import FinishReason, Output, Request
 from kvfold.engine.loop import error_output
 
+AT_GATE = threading.Event()
 GATE = threading.Event()
 """A step with a "gated" request waits for it; for ever, in a process that nobody opens it in."""
 
@@ -38,6 +39,7 @@ class ScriptedEngine:
             device="cpu",
             machine="none",
             vocab_size=4096,
+            eos_ids=(1,),
             max_len=1024,
             kv_cache="dense",
             page_size=64,
@@ -69,7 +71,7 @@ class ScriptedEngine:
                 self._leaks = True
         self._progress[request.id] = request, 0
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
         if self._progress.pop(request_id, None) is not None:
             self._n_aborted += 1
 
@@ -79,6 +81,7 @@ class ScriptedEngine:
         if "fails" in wishes:
             raise RuntimeError("the device is on fire")
         if "gated" in wishes:
+            AT_GATE.set()
             GATE.wait()
         if "endless" in wishes:
             # Paced, so that a test on two cores gets to see anything else.

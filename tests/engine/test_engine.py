@@ -302,3 +302,56 @@ def test_random_traffic_returns_every_page(driver: Callable, seed: int):
     one.run()
     assert one.engine.stats().kv_bytes == {"dense": 0}
     assert one.engine.stats().kv_tokens == 0
+
+
+@pytest.mark.parametrize("n", [5, 16])
+def test_more_continuations_than_rows_wait_their_turn(driver: Callable, n: int):
+    prompt = list(range(3, 70))
+    roomy = driver(max_tokens=64)
+    roomy.add("r", prompt, n=n, temperature=1.0, seed=1, max_tokens=12)
+    roomy.run()
+    narrow = driver(max_sequences=4, max_tokens=8)
+    narrow.add("stranger", [5, 6, 7], max_tokens=30)
+    narrow.add("r", prompt, n=n, temperature=1.0, seed=1, max_tokens=12)
+    while narrow.engine.has_work:
+        narrow.step()
+        assert narrow.engine.stats().n_running <= 4
+    for index in range(n):
+        assert narrow.tokens("r", index) == roomy.tokens("r", index)
+    assert len(narrow.tokens("stranger")) == 30
+
+
+@pytest.mark.parametrize("gone", [0, 2, 3])
+@pytest.mark.parametrize("n_steps", [0, 1, 4])
+def test_one_continuation_can_be_aborted(driver: Callable, gone: int, n_steps: int):
+    def texts(aborts: bool) -> list[list[int]]:
+        one = driver(max_tokens=40)
+        one.add("r", list(range(3, 70)), n=4, temperature=1.0, seed=1, max_tokens=12)
+        for _ in range(n_steps):
+            one.step()
+        if aborts:
+            one.engine.abort("r", gone)
+            one.engine.check()
+        one.run()
+        assert one.engine.stats().kv_bytes == {"dense": 0}
+        return [one.tokens("r", i) if ("r", i) in one.outputs else [] for i in range(4)]
+
+    whole, rest = texts(False), texts(True)
+    assert len(rest[gone]) < 12
+    assert [t for i, t in enumerate(rest) if i != gone] == [
+        t for i, t in enumerate(whole) if i != gone
+    ]
+
+
+def test_bytes_per_token_are_true_when_pages_are_shared(driver: Callable):
+    one = driver()
+    prompt = list(range(3, 67))
+    one.add("r", prompt, n=4, temperature=1.0, seed=1, max_tokens=9)
+    one.step()
+    one.add("again", prompt, max_tokens=9)
+    one.step()
+    stats = one.engine.stats()
+    assert one.outputs["again", 0][0].n_cached == 48
+    # The prompt once, a token of each continuation, and what the latecomer computed again.
+    assert stats.kv_tokens == 64 + 4 + 16
+    assert stats.kv_bytes["dense"] == (4 + 4 + 1) * 16 * one.engine.info.bytes_per_token

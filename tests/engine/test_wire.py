@@ -41,6 +41,7 @@ INFO = EngineInfo(
     device="cpu",
     machine="a box",
     vocab_size=97,
+    eos_ids=(1,),
     max_len=512,
     kv_cache="dense",
     page_size=64,

@@ -345,15 +345,13 @@ async def test_the_engine_answers_heartbeats_while_it_works(worker: Worker) -> N
 
 
 async def test_a_thread_in_a_long_step_misses_its_heartbeat() -> None:
-    gate = importlib.import_module("scripted_engine").GATE
-    gate.clear()
+    scripted = importlib.import_module("scripted_engine")
     worker = ThreadWorker(Config(), engine=ENGINE)
     await worker.start()
     stream = worker.submit(request("a", "gated"))
-    # May be answered yet, before the step begins.
-    await worker.heartbeat(0.05)
+    await asyncio.to_thread(scripted.AT_GATE.wait)
     assert not await worker.heartbeat(0.05)
-    gate.set()
+    scripted.GATE.set()
     assert len(tokens((await collect(stream))[0])) == 4
     assert await worker.heartbeat(PATIENCE_S)
     await worker.close()
