@@ -115,6 +115,10 @@ class KVCache(ABC):
     def release(self, seq: Sequence) -> None:
         """Drop everything that the sequence holds. Idempotent."""
 
+    def lookup_len(self, seq: Sequence) -> int:
+        """Tokens that `attach` looks up; 0 where it does not look."""
+        return 0
+
     def attach(self, seq: Sequence) -> int:
         """Give a sequence that holds nothing the longest cached prefix of its tokens.
 

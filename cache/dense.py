@@ -71,7 +71,13 @@ class DenseCache(KVCache):
                 "drop it or choose another --kv-cache",
                 param="kv-cache-config",
             )
-        return DenseConfig(**options)
+        config = DenseConfig(**options)
+        if not isinstance(config.prefix, bool):
+            raise Refused(
+                f"--kv-cache-config.prefix is {config.prefix!r}; it must be true or false",
+                param="kv-cache-config",
+            )
+        return config
 
     @classmethod
     def exact(cls, config: DenseConfig) -> DenseConfig:
@@ -98,11 +104,16 @@ class DenseCache(KVCache):
 
     # Pages.
 
+    def lookup_len(self, seq: Sequence) -> int:
+        # A prompt that is to be scored must be computed.
+        is_scored = seq.request.sampling.prompt_logprobs is not None
+        return 0 if is_scored or not self._shares else len(seq.tokens)
+
     def attach(self, seq: Sequence) -> int:
         size = self._spec.page_size
         assert not seq.pages, f"{seq.request.id} already holds pages"
-        if not self._shares or seq.request.sampling.prompt_logprobs is not None:
-            return 0  # a prompt that is to be scored must be computed
+        if not self.lookup_len(seq):
+            return 0
         key = self._index.root(seq.generation, seq.request.salt)
         for start in range(0, len(seq.tokens) - self.n_recomputed - size + 1, size):
             tokens = seq.tokens[start : start + size]

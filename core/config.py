@@ -133,6 +133,19 @@ class Config:
             ("port", self.server.port, 0),
             ("max-body-bytes", self.server.max_body_bytes, 1),
         )
+        seconds = (
+            ("request-timeout", self.server.request_timeout_s, 0.001),
+            ("shutdown-timeout", self.server.drain_s, 0.0),
+        )
+        for flag, duration_s, least_s in seconds:
+            if not least_s <= duration_s < float("inf"):
+                raise Refused(
+                    f"--{flag} is {duration_s}; it must be finite and at least {least_s} s"
+                )
+        if not all(key.strip() for key in self.server.api_keys):
+            raise Refused(
+                "an --api-key is empty, which would let everybody in; give a key or leave it out"
+            )
         if self.server.port > 65535:
             raise Refused(f"--port is {self.server.port}; it must be at most 65535")
         for flag, number, least in at_least:

@@ -101,6 +101,8 @@ class Sequence:
     """Other continuations of the request, until the prompt is computed and they part ways."""
     prompt_logprobs: list["TokenLogprobs | None"] = field(default_factory=list)
     """For the first `n_computed` prompt tokens, when the request asked for them."""
+    history: object = None
+    """Owned by the runner: what penalties must know of the tokens so far."""
     order: int = 0
     """Age: the engine counts requests as they arrive."""
     n_preempted: int = 0

@@ -1,6 +1,7 @@
 """Requests become tokens: one step is schedule, forward, sample, commit."""
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 
@@ -43,6 +44,8 @@ class Engine:
         device = torch.device(config.model.device)
         dtype = getattr(torch, config.model.dtype)
         max_len = served_len(config.model.max_len, architecture.max_position)
+        # tqdm's own lock is a semaphore of the system, which a killed process leaves behind.
+        tqdm.set_lock(threading.RLock())
         # On a terminal only: a log file gets no bar.
         with tqdm(desc="weights", unit="B", unit_scale=True, disable=None) as bar:
 

@@ -1,6 +1,6 @@
 """One forward pass: plan a batch, run the model, draw tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -153,34 +153,60 @@ def _token_logprobs(
     ]
 
 
+class _History:
+    """The tokens that penalties look at, kept up to date instead of counted anew in every step."""
+
+    def __init__(self, seq: Sequence, device: torch.device) -> None:
+        self.prompt = torch.tensor(sorted(set(seq.request.prompt)), device=device)
+        self.counts: dict[int, int] = {}
+        self._n_seen = seq.n_prompt
+
+    def update(self, seq: Sequence) -> None:
+        """Count the tokens generated since the last call."""
+        for token in seq.tokens[self._n_seen :]:
+            self.counts[token] = self.counts.get(token, 0) + 1
+        self._n_seen = len(seq.tokens)
+
+
+def _history(seq: Sequence, device: torch.device) -> _History:
+    if not isinstance(seq.history, _History):
+        seq.history = _History(seq, device)
+    seq.history.update(seq)
+    return seq.history
+
+
 def _sampling_tensors(sequences: list[Sequence], device: torch.device) -> SamplingTensors:
     """Per-row wishes as tensors; the history and bias of rows that have some as coordinates."""
     wishes = [seq.request.sampling for seq in sequences]
-    output: dict[tuple[int, int], int] = {}
-    prompt: dict[tuple[int, int], int] = {}
-    bias: dict[tuple[int, int], float] = {}
-    for row, (seq, wish) in enumerate(zip(sequences, wishes, strict=True)):
-        if wish.is_penalised:
-            for token in seq.tokens[seq.n_prompt :]:
-                output[row, token] = output.get((row, token), 0) + 1
-        if wish.repetition_penalty != 1.0:
-            prompt.update(((row, token), 1) for token in seq.request.prompt)
-        bias.update(((row, token), value) for token, value in wish.logit_bias)
-        if seq.n_generated < wish.min_tokens:
-            bias.update(((row, token), float("-inf")) for token in wish.stop_token_ids)
 
     def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
-    def coordinates(found: Mapping[tuple[int, int], float]) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            column((row for row, _ in found), torch.int64),
-            column((token for _, token in found), torch.int64),
-        )
+    def joined(parts: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and tokens of the rows that have some."""
+        none = column((), torch.int64)
+        found = list(parts)
+        rows = [torch.full_like(tokens, row) for row, tokens in found]
+        return torch.cat([none, *rows]), torch.cat([none, *(tokens for _, tokens in found)])
 
-    output_rows, output_tokens = coordinates(output)
-    prompt_rows, prompt_tokens = coordinates(prompt)
-    bias_rows, bias_tokens = coordinates(bias)
+    histories = {
+        row: _history(seq, device)
+        for row, (seq, wish) in enumerate(zip(sequences, wishes, strict=True))
+        if wish.is_penalised
+    }
+    output_rows, output_tokens = joined(
+        (row, column(history.counts, torch.int64)) for row, history in histories.items()
+    )
+    prompt_rows, prompt_tokens = joined(
+        (row, history.prompt)
+        for row, history in histories.items()
+        if wishes[row].repetition_penalty != 1.0
+    )
+    bias: dict[tuple[int, int], float] = {}
+    for row, (seq, wish) in enumerate(zip(sequences, wishes, strict=True)):
+        bias.update(((row, token), value) for token, value in wish.logit_bias)
+        if seq.n_generated < wish.min_tokens:
+            bias.update(((row, token), float("-inf")) for token in wish.stop_token_ids)
     return SamplingTensors(
         temperature=column(wish.temperature for wish in wishes),
         top_k=column((wish.top_k for wish in wishes), torch.int64),
@@ -193,17 +219,20 @@ def _sampling_tensors(sequences: list[Sequence], device: torch.device) -> Sampli
         position=column((seq.n_generated for seq in sequences), torch.int64),
         output_rows=output_rows,
         output_tokens=output_tokens,
-        output_counts=column(output.values(), torch.int64),
+        output_counts=column(
+            (count for history in histories.values() for count in history.counts.values()),
+            torch.int64,
+        ),
         prompt_rows=prompt_rows,
         prompt_tokens=prompt_tokens,
-        bias_rows=bias_rows,
-        bias_tokens=bias_tokens,
+        bias_rows=column((row for row, _ in bias), torch.int64),
+        bias_tokens=column((token for _, token in bias), torch.int64),
         bias_values=column(bias.values()),
         any_random=any(wish.temperature != 0.0 for wish in wishes),
         any_truncation=any(
             wish.top_k > 0 or wish.top_p < 1.0 or wish.min_p > 0.0 for wish in wishes
         ),
-        any_penalty=any(wish.is_penalised for wish in wishes),
+        any_penalty=bool(histories),
         any_bias=bool(bias),
     )
 

@@ -140,7 +140,7 @@ class Scheduler:
             heapq.heappop(self._waiting)
             if not seq.n_preempted and not seq.n_generated:
                 seq.n_cached = found
-                self.prefix_queries += len(seq.tokens)
+                self.prefix_queries += self._cache.lookup_len(seq)
                 self.prefix_hits += found
             seq.n_planned = n_planned
             budget -= n_planned

@@ -25,9 +25,6 @@ from ..core.errors import NotFound, Refused
 _FILES = ("tokenizer*.json", "special_tokens_map.json", "*config.json", "*.jinja")
 """What is fetched when the tokenizer is a hub id."""
 
-_UNLIMITED = 10**12
-"""`model_max_length` at or above it is transformers' way to say that there is none."""
-
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 _ANCHOR = "a"
@@ -45,7 +42,6 @@ class Text:
         templates: Mapping[str, str] | None = None,
         special_tokens: Mapping[str, str] | None = None,
         eos_ids: Iterable[int] = (),
-        max_len_hint: int | None = None,
     ) -> None:
         """`load` gathers these from files.
 
@@ -81,8 +77,6 @@ class Text:
             dict.fromkeys([*eos_ids, *([] if own_eos is None else [own_eos])])
         )
         """All ids that end a text, whichever file names them."""
-        self.max_len_hint = max_len_hint
-        """Tokens that the tokenizer's files say the model takes."""
 
     @classmethod
     def load(cls, path: str, chat_template: str | None = None, revision: str | None = None) -> Self:
@@ -115,14 +109,12 @@ class Text:
             for name, value in source.items()
             if name.endswith("_token") and (content := _content(value)) is not None
         }
-        max_len = config.get("model_max_length")
         return cls(
             tokenizer,
             name=path,
             templates=_templates(directory, config, chat_template),
             special_tokens=special_tokens,
             eos_ids=_eos_ids(directory),
-            max_len_hint=int(max_len) if max_len and max_len < _UNLIMITED else None,
         )
 
     @property

@@ -39,6 +39,10 @@ def test_a_config_crosses_as_json():
         ({"cache": {"memory_share": 1.5}}, r"--gpu-memory-utilization is 1.5; .* \(0, 1\]"),
         ({"scheduler": {"policy": "lifo"}}, "--scheduling-policy is 'lifo'"),
         ({"scheduler": {"max_tokens": 8}}, r"--max-num-batched-tokens \(8\) is below .* \(64\)"),
+        ({"server": {"api_keys": ["k", " "]}}, "an --api-key is empty"),
+        ({"server": {"request_timeout_s": float("nan")}}, "--request-timeout is nan; .* finite"),
+        ({"server": {"request_timeout_s": -5.0}}, r"--request-timeout is -5\.0"),
+        ({"server": {"drain_s": float("inf")}}, "--shutdown-timeout is inf; it must be finite"),
         ({"server": {"port": 70000}}, "--port is 70000; it must be at most 65535"),
     ],
 )

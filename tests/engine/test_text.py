@@ -137,7 +137,6 @@ def test_a_directory_is_loaded_with_all_it_states(directory: Path) -> None:
     assert text.vocab_size == 341
     assert text.bos_id == 0
     assert text.eos_ids == (3, 1, 2)
-    assert text.max_len_hint == 512
     assert text.has_chat_template
     assert text.is_special(2)
     assert not text.is_special(340)
@@ -156,7 +155,7 @@ def test_what_is_not_stated_is_none(tmp_path: Path, tokenizer: Tokenizer) -> Non
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     write(tmp_path, "tokenizer_config.json", {"model_max_length": int(1e30)})
     text = Text.load(str(tmp_path))
-    assert (text.bos_id, text.eos_ids, text.max_len_hint) == (None, (), None)
+    assert (text.bos_id, text.eos_ids) == (None, ())
     assert not text.has_chat_template
 
 
