@@ -91,7 +91,10 @@ class Api:
 
     async def read(self, request: Request, kind: type[B]) -> B:
         """The body of a request. Raises `Refused`, or `NotFound` for a model we do not serve."""
-        values = await self.values(request)
+        return self.body(request, kind, await self.values(request))
+
+    def body(self, request: Request, kind: type[B], values: dict[str, Any]) -> B:
+        """The body that a JSON object makes. Raises as `read` does."""
         body, unknown = parse(kind, values, self.config.server.strict_params)
         if unknown:
             ignored = ",".join(unknown)
@@ -137,10 +140,10 @@ class Api:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             seed=seed,
-            is_seed_drawn=body.seed is None,
+            eos_ids=frozenset(() if body.ignore_eos else (*self.info.eos_ids, *self.text.eos_ids)),
         )
-        requests = requests_of(prompts, wish, self.info, self.text.eos_ids)
-        generation = Generation(self.supervisor, self.metrics, self.text, requests, body)
+        requests = requests_of(prompts, wish, self.info)
+        generation = Generation(self.supervisor, self.metrics, self.text, requests, wish)
         exchange.leases.callback(generation.close)
         return generation
 
@@ -149,20 +152,17 @@ class Api:
     ) -> list[dict[str, Any] | None] | None:
         """vLLM's `prompt_logprobs`: per token None or its alternatives by token id.
 
-        The rank is that among the reported alternatives; below them it is not known.
+        The chosen token comes first, with its rank in the whole vocabulary.
         """
         if entries is None:
             return None
         return [None if entry is None else self._ranked(entry) for entry in entries]
 
     def _ranked(self, entry: TokenLogprobs) -> dict[str, Any]:
-        ranks: dict[int, tuple[float, int | None]] = {
-            token: (logprob, rank)
-            for rank, (token, logprob) in enumerate(
-                zip(entry.top_tokens, entry.top_logprobs, strict=True), start=1
-            )
-        }
-        ranks.setdefault(entry.token, (entry.logprob, None))
+        ranks = {entry.token: (entry.logprob, entry.rank)}
+        top = zip(entry.top_tokens, entry.top_logprobs, strict=True)
+        for rank, (token, logprob) in enumerate(top, start=1):
+            ranks.setdefault(token, (logprob, rank))
         return {
             str(token): {
                 "logprob": finite(logprob),

@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from .. import __version__
@@ -48,7 +49,14 @@ def create_app(
             await supervisor.close()
 
     # The bodies are read by hand, so a generated schema would say nothing about them.
-    app = FastAPI(title="kvfold", version=__version__, lifespan=lifespan, openapi_url=None)
+    app = FastAPI(
+        title="kvfold",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        # A redirect would point where the Host header says.
+        redirect_slashes=False,
+    )
     app.state.api = api
     for router in (
         health.routes(supervisor),
@@ -56,6 +64,10 @@ def create_app(
         completions.routes(api),
         chat.routes(api),
     ):
+        for route in router.routes:
+            if isinstance(route, APIRoute) and route.methods == {"GET"}:
+                # As load balancers probe; uvicorn leaves the body out.
+                route.methods = {"GET", "HEAD"}
         app.include_router(router)
     errors.install(app)
     # Added from the inside out.

@@ -46,11 +46,12 @@ def routes(api: Api) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt or of messages."""
         body: TokenizeBody | TokenizeChatBody
-        if "messages" in await api.values(request):
-            body = await api.read(request, TokenizeChatBody)
+        values = await api.values(request)
+        if values.get("messages") is not None:
+            body = api.body(request, TokenizeChatBody, values)
             tokens = await chat_ids(api, body)
         else:
-            body = await api.read(request, TokenizeBody)
+            body = api.body(request, TokenizeBody, values)
             prompt, has_special = body.prompt, body.add_special_tokens
             tokens = await api.think(len(prompt), lambda: api.text.encode(prompt, has_special))
         strings = [api.text.token_text(t) for t in tokens] if body.return_token_strs else None

@@ -24,9 +24,6 @@ def routes(api: Api) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         body = await api.admit(request, ChatBody)
-        if body.max_completion_tokens is not None:
-            # OpenAI's newer name; it wins where a client sends both.
-            body.max_tokens = body.max_completion_tokens
         generation = api.generate(
             request,
             body,

@@ -75,11 +75,12 @@ def count(text: str) -> int:
         number, factor = text[:-1], _SUFFIXES[text[-1]]
     try:
         value = float(number) * factor if "." in number else int(number) * factor
-    except ValueError:
+        whole = int(value)
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is no number; write 4096, 4k or 4K") from None
-    if value != int(value):
+    if value != whole:
         raise typer.BadParameter(f"{text!r} is no whole number")
-    return int(value)
+    return whole
 
 
 def flag(setting: str, *spellings: str, **more: Any) -> Any:
@@ -250,8 +251,13 @@ def _read_file(path: Path | None) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Refused(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        # Its message quotes the file, which may hold keys.
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}"
+        raise Refused(f"--config {path} is not valid YAML{where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"--config {path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise Refused(f"--config {path} must hold a mapping")
     settings: dict[str, Any] = {}
@@ -286,14 +292,18 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     sections: dict[str, dict[str, Any]] = {}
     for setting, value in settings.items():
         section, _, name = setting.partition(".")
-        if setting in _SETTINGS and isinstance(value, str) and _SETTINGS[setting] in _COUNTS:
-            value = count(value)
-        if setting in _SETTINGS:
+        if (hint := _SETTINGS.get(setting)) is not None:
+            if hint == tuple[str, ...] and not isinstance(value, list | tuple):
+                value = (value,)
             try:
-                value = TypeAdapter(_SETTINGS[setting]).validate_python(value)
+                if isinstance(value, str) and hint in _COUNTS:
+                    value = count(value)
+                value = TypeAdapter(hint).validate_python(value)
+            except typer.BadParameter as invalid:
+                raise Refused(f"{setting}: {invalid.message}") from None
             except ValidationError as invalid:
-                problem = invalid.errors()[0]["msg"]
-                raise Refused(f"{setting} is {value!r}: {problem}") from None
+                shown = "wrong" if setting == _SECRET else repr(value)
+                raise Refused(f"{setting} is {shown}: {invalid.errors()[0]['msg']}") from None
         sections.setdefault(section, {})[name] = value
     return Config.from_dict(sections)
 

@@ -12,7 +12,7 @@ from ..core.sequence import TokenLogprobs
 from ..engine.text import Text
 from .api import Api, finite
 from .errors import json_response
-from .generation import Choice, Generation
+from .generation import PROMPT_TAIL, Choice, Generation
 from .schemas import CompletionBody, StreamOptions
 from .stream import DONE, EventStream, event
 
@@ -68,6 +68,13 @@ class _Reply:
         self._generation = generation
         self._offsets = [0] * len(generation.choices)
         """Characters reported so far, per choice; for `text_offset`."""
+        self._detokenizers = [
+            api.text.detokenizer(
+                skip_special_tokens=body.skip_special_tokens,
+                prompt_tail=() if body.echo else choice.request.prompt[-PROMPT_TAIL:],
+            )
+            for choice in (generation.choices if body.logprobs is not None else ())
+        ]
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -168,15 +175,13 @@ class _Reply:
     ) -> dict[str, Any]:
         """The log-probabilities as completions report them."""
         text = self._api.text
-        tokens = [text.token_text(token) for token in ids]
         offsets = []
-        for token, string in zip(ids, tokens, strict=True):
+        for token in ids:
             offsets.append(self._offsets[choice.index])
-            if not (self._body.skip_special_tokens and text.is_special(token)):
-                self._offsets[choice.index] += len(string)
+            self._offsets[choice.index] += len(self._detokenizers[choice.index].push(token))
         return {
             "text_offset": offsets,
-            "tokens": tokens,
+            "tokens": [text.token_text(token) for token in ids],
             "token_logprobs": [None if e is None else finite(e.logprob) for e in entries],
             "top_logprobs": [None if e is None else _top(text, e) for e in entries],
         }

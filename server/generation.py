@@ -2,7 +2,7 @@
 
 A body becomes one engine request per prompt. What comes back is turned into text here, and here
 stop strings are found, so the engine may have computed a token or two past one: they are dropped,
-and the request is aborted when nothing of it is left to wait for.
+and the continuation is aborted while its siblings go on.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from .metrics import Metrics, Timeline
 from .schemas import Sampling
 from .supervisor import Supervisor
 
-_PROMPT_TAIL = 8
+PROMPT_TAIL = 8
 """Prompt tokens that the detokeniser needs to join the first generated one correctly."""
 
 
@@ -38,18 +38,17 @@ class Wish:
     logprobs: int | None
     prompt_logprobs: int | None
     seed: int
-    is_seed_drawn: bool
+    """Of the first prompt; each further one counts on from it."""
+    eos_ids: frozenset[int]
 
 
-def requests_of(
-    prompts: Iterable[list[int]], wish: Wish, info: EngineInfo, eos_ids: Iterable[int]
-) -> list[Request]:
+def requests_of(prompts: Iterable[list[int]], wish: Wish, info: EngineInfo) -> list[Request]:
     """One engine request per prompt. Raises `Refused` or `TooLong`."""
     body = wish.body
     _check_token_ids(body, info.vocab_size)
     arrived = time.monotonic()
     family = uuid.uuid4().hex
-    stops = set(body.stop_token_ids) | (set() if body.ignore_eos else set(eos_ids))
+    stops = wish.eos_ids.union(body.stop_token_ids)
     requests = []
     for i, prompt in enumerate(prompts):
         max_tokens = _fit(prompt, body.max_tokens, wish.default_max_tokens, info)
@@ -69,8 +68,8 @@ def requests_of(
             frequency_penalty=body.frequency_penalty,
             repetition_penalty=body.repetition_penalty,
             logit_bias=tuple((int(key), bias) for key, bias in body.logit_bias.items()),
-            # Equal prompts of one list differ, unless the client asked for one seed.
-            seed=(wish.seed + (i if wish.is_seed_drawn else 0)) % 2**63,
+            # Equal prompts of one list differ.
+            seed=(wish.seed + i) % 2**63,
             stop_token_ids=tuple(sorted(stops)),
             n=wish.n,
             logprobs=wish.logprobs,
@@ -136,7 +135,8 @@ class Piece:
 class Choice:
     """One continuation on its way to becoming an entry of `choices`."""
 
-    def __init__(self, text: Text, request: Request, index: int, body: Sampling) -> None:
+    def __init__(self, text: Text, request: Request, index: int, wish: Wish) -> None:
+        body = wish.body
         self.request = request
         self.index = index
         self.n_tokens = 0
@@ -147,11 +147,11 @@ class Choice:
         """What `Generation.collect` gathers; streams pass it on instead."""
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.last_at: float | None = None
-        self._eos_ids = () if body.ignore_eos else text.eos_ids
+        self._eos_ids = wish.eos_ids
         self._min_tokens = body.min_tokens
         self._shows_stop = body.include_stop_str_in_output
         self._detokenizer = text.detokenizer(
-            skip_special_tokens=body.skip_special_tokens, prompt_tail=request.prompt[-_PROMPT_TAIL:]
+            skip_special_tokens=body.skip_special_tokens, prompt_tail=request.prompt[-PROMPT_TAIL:]
         )
         self._stops = (
             StopStrings(tuple(body.stop), body.include_stop_str_in_output) if body.stop else None
@@ -198,7 +198,7 @@ class Generation:
         metrics: Metrics,
         text: Text,
         requests: list[Request],
-        body: Sampling,
+        wish: Wish,
     ) -> None:
         self._supervisor = supervisor
         self._metrics = metrics
@@ -214,7 +214,7 @@ class Generation:
         }
         self._by_request = {
             request.id: [
-                Choice(text, request, i * request.sampling.n + j, body)
+                Choice(text, request, i * request.sampling.n + j, wish)
                 for j in range(request.sampling.n)
             ]
             for i, request in enumerate(requests)
@@ -250,7 +250,6 @@ class Generation:
             async with aclosing(_merged(list(streams.values()))) as merged:
                 async for outputs in merged:
                     pieces = self._take(outputs)
-                    self._metrics.step()
                     if pieces:
                         yield pieces
                     if not self._open:
@@ -294,12 +293,12 @@ class Generation:
                 for sibling in choices:
                     sibling.prompt_logprobs = output.prompt_logprobs
             self._time(line, choice, choice.n_tokens - n_before, now)
+            if piece.choice.finish_reason is not None and output.finish is None:
+                # A stop string ended it, of which the engine knows nothing.
+                self._supervisor.abort(request_id, output.index)
             if piece.text or piece.logprobs or choice.finish_reason is not None:
                 pieces.append(piece)
         if request_id in self._open and all(c.finish_reason is not None for c in choices):
-            if any(isinstance(choice.stop_reason, str) for choice in choices):
-                # Where a stop string ended it the engine would go on.
-                self._supervisor.abort(request_id)
             self._end(request_id, str(choices[0].finish_reason))
         return pieces
 
@@ -313,6 +312,7 @@ class Generation:
             self._metrics.tokens(n_tokens, now - choice.last_at)
         choice.last_at = line.last = now
         line.n_generated += n_tokens
+        line.n_longest = max(line.n_longest, choice.n_tokens)
 
     def _end(self, request_id: str, reason: str) -> None:
         self._open.discard(request_id)

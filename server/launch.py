@@ -137,10 +137,10 @@ async def _drain(supervisor: Supervisor, api: Api, seconds: float) -> None:
 
 def _check_paths(config: Config) -> None:
     """Refuse files that are not there before anything is loaded."""
-    path = Path(config.model.path)
-    looks_local = path.is_absolute() or config.model.path.startswith((".", "~"))
-    if looks_local and not path.is_dir():
-        raise Refused(f"there is no directory {config.model.path}")
+    for name in (config.model.path, config.model.tokenizer or ""):
+        looks_local = Path(name).is_absolute() or name.startswith((".", "~"))
+        if looks_local and not Path(name).is_dir():
+            raise Refused(f"there is no directory {name}")
     template = config.model.chat_template
     if template is not None and not Path(template).is_file():
         raise Refused(f"--chat-template: there is no file {template}")

@@ -32,14 +32,13 @@ _WHOLE_S = (
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _LENGTHS = tuple(float(m * 10**e) for e in range(6) for m in (1, 2, 5))
-_STEP_TOKENS = (1.0, *(float(2**e) for e in range(3, 15)))
 
 _HISTOGRAMS = {
     "request_prompt_tokens": ("Tokens of the prompt", _LENGTHS),
     "request_generation_tokens": ("Tokens generated and delivered", _LENGTHS),
+    "request_max_num_generation_tokens": ("Tokens of its longest continuation", _LENGTHS),
     "request_params_max_tokens": ("max_tokens of the request", _LENGTHS),
     "request_params_n": ("n of the request", (1.0, 2.0, 5.0, 10.0, 20.0)),
-    "iteration_tokens_total": ("Tokens of an engine step that delivered output", _STEP_TOKENS),
     "time_to_first_token_seconds": ("From arrival to the first token", _TO_FIRST_S),
     "inter_token_latency_seconds": ("Between two tokens of a sequence", _BETWEEN_S),
     "request_time_per_output_token_seconds": ("Mean of a request after its first", _BETWEEN_S),
@@ -79,6 +78,8 @@ class Timeline:
     first: float | None = None
     last: float | None = None
     n_generated: int = 0
+    n_longest: int = 0
+    """Tokens of the longest continuation."""
 
 
 class Metrics(Collector):
@@ -101,7 +102,6 @@ class Metrics(Collector):
         self._n_restarts = n_restarts
         self._cache = cache
         self._has_aliases = has_aliases
-        self._n_steps_seen = 0
         self._families = {
             name: Histogram(f"kvfold:{name}", text, ["model_name"], buckets=buckets, registry=None)
             for name, (text, buckets) in _HISTOGRAMS.items()
@@ -142,13 +142,6 @@ class Metrics(Collector):
         """A request was not admitted."""
         self._rejected.labels(**self._labels, reason=reason).inc()
 
-    def step(self) -> None:
-        """An engine step delivered output; called once per receiver, counted once per step."""
-        stats = self._stats()
-        if stats.n_steps != self._n_steps_seen:
-            self._n_steps_seen = stats.n_steps
-            self._histograms["iteration_tokens_total"].observe(stats.step_tokens)
-
     def tokens(self, n_tokens: int, seconds: float) -> None:
         """Tokens of one sequence arrived that long after the one before."""
         for _ in range(n_tokens):
@@ -164,6 +157,7 @@ class Metrics(Collector):
         observed = {
             "request_prompt_tokens": line.n_prompt,
             "request_generation_tokens": line.n_generated,
+            "request_max_num_generation_tokens": line.n_longest,
             "request_params_max_tokens": line.max_tokens,
             "request_params_n": line.n,
             "e2e_request_latency_seconds": now - line.arrived,
@@ -205,7 +199,9 @@ class Metrics(Collector):
         held = GaugeMetricFamily(
             "kvfold:kv_cache_bytes", "Bytes that live sequences hold", labels=[*names, "pool"]
         )
-        for pool, n_bytes in stats.kv_bytes.items():
+        info = self._info()
+        pools = {} if info is None else {info.kv_cache: 0}
+        for pool, n_bytes in (pools | stats.kv_bytes).items():
             held.add_metric([*values, pool], n_bytes)
         yield held
         tokens = GaugeMetricFamily(
@@ -218,7 +214,6 @@ class Metrics(Collector):
         )
         restarts.add_metric(values, self._n_restarts())
         yield restarts
-        info = self._info()
         if info is not None:
             yield self._cache_config(info)
         for histogram in self._families.values():

@@ -5,6 +5,7 @@ value is neutral; a key that nobody knows is reported back, and refused under `-
 """
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import orjson
@@ -14,6 +15,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -81,7 +83,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class StreamOptions(BaseModel):
     """What a stream carries besides text."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     include_usage: bool = True
     continuous_usage_stats: bool = False
@@ -102,13 +104,15 @@ class Sampling(Body):
     """What completions and chat have in common."""
 
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """OpenAI's newer name for `max_tokens`; it wins where a client sends both."""
     temperature: float = Field(1.0, ge=0.0, le=2.0)
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=-1, le=2**20)
     min_p: float = Field(0.0, ge=0.0, le=1.0)
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10.0)
     logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
         default_factory=dict, max_length=1024
     )
@@ -141,6 +145,8 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> Self:
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
         if self.stream_options is not None and not self.stream:
             raise _misfit("stream_options", "stream_options needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
@@ -156,7 +162,7 @@ class Sampling(Body):
 class CompletionBody(Sampling):
     """POST /v1/completions."""
 
-    declined = {"messages": ()}
+    declined = {"messages": (), "top_logprobs": ()}
 
     prompt: list[str] | list[list[int]]
     """Always a list here; a single prompt becomes a list of one."""
@@ -208,13 +214,14 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """One message of a chat."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=256)] | None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Any = None
+    function_call: Any = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -223,9 +230,21 @@ class Message(BaseModel):
             return value
         return "".join(TextPart.model_validate(part).text for part in value)
 
+    @field_validator("tool_calls", "function_call")
+    @classmethod
+    def _no_calls(cls, value: object, info: ValidationInfo) -> object:
+        if value not in (None, []):
+            raise Refused(
+                f"messages with {info.field_name} are not supported by this server",
+                param=f"messages.{info.field_name}",
+                code="unsupported_parameter",
+            )
+        return value
+
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it."""
-        message = self.model_dump(exclude_none=True, exclude={"tool_calls"})
+        known = {"role", "content", "name", "tool_call_id"}
+        message = self.model_dump(exclude_none=True, include=known)
         message.setdefault("content", "")
         # OpenAI's newer name for the role that templates call system.
         message["role"] = "system" if self.role == "developer" else self.role
@@ -260,7 +279,6 @@ class ChatBody(TemplateFields, Sampling):
 
     declined = {"echo": (False,), "best_of": (1,), "prompt": ()}
 
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     add_special_tokens: bool = False
@@ -318,24 +336,37 @@ def parse(kind: type[B], values: dict[str, Any], strict: bool) -> tuple[B, list[
     unknown = []
     for key in values.keys() - kind.model_fields.keys() - _NEUTRAL:
         if key not in unsupported:
-            unknown.append(re.sub(r"[^A-Za-z0-9._-]", "?", key)[:64])
+            unknown.append(key)
         elif not any(values[key] == neutral for neutral in unsupported[key]):
             raise Refused(
                 f"{key} is not supported by this server; leave it out",
                 param=key,
                 code="unsupported_parameter",
             )
-    unknown = sorted(unknown)[:32]
+    try:
+        body = kind.model_validate(values)
+    except ValidationError as invalid:
+        raise refusal_of(invalid) from None
+    unknown = [re.sub(r"[^A-Za-z0-9._-]", "?", key)[:64] for key in [*unknown, *_inner(body)]]
+    unknown = sorted(set(unknown))[:32]
     if unknown and strict:
         raise Refused(
             f"unknown parameter {unknown[0]!r}; the server runs with --strict-params",
             param=unknown[0],
             code="unknown_parameter",
         )
-    try:
-        return kind.model_validate(values), unknown
-    except ValidationError as invalid:
-        raise refusal_of(invalid) from None
+    return body, unknown
+
+
+def _inner(body: Body) -> Iterator[str]:
+    """The keys that nobody knows inside of those that we do."""
+    options = body.stream_options if isinstance(body, Sampling) else None
+    messages = body.messages if isinstance(body, TemplateFields) else []
+    parts = [("stream_options", options), *(("messages", message) for message in messages)]
+    for name, part in parts:
+        for key, value in ((part and part.model_extra) or {}).items():
+            if value not in (None, []):
+                yield f"{name}.{key}"
 
 
 def _is_token_list(value: list[Any]) -> bool:

@@ -134,10 +134,10 @@ class Supervisor:
         code, text = _CODES[self.state]
         return Unavailable(text, code=code, retry_after_s=None if self._is_over else 2.0)
 
-    def abort(self, request_id: str) -> None:
-        """Stop a request wherever it is."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Stop a request wherever it is, or one continuation of it."""
         if self._worker is not None:
-            self._worker.abort(request_id)
+            self._worker.abort(request_id, index)
 
     def drain(self) -> None:
         """Take no more work; what is open goes on."""
@@ -187,8 +187,8 @@ class Supervisor:
 
     async def _live(self) -> KvfoldError:
         """One life of an engine: start it, watch it, and return why it ended."""
-        worker = self._worker = self._make_worker()
         try:
+            worker = self._worker = self._make_worker()
             self.info = await worker.start()
             if self.state is not State.DRAINING:
                 self.state = State.READY
@@ -196,6 +196,10 @@ class Supervisor:
             reason: KvfoldError = Internal(await self._watch(worker))
         except KvfoldError as error:
             reason = error
+        except Exception as error:
+            # The operating system's refusals, too, such as no memory for a child.
+            _log.exception("the engine could not be kept alive")
+            reason = Internal(f"{type(error).__name__}: {error}")
         await self._retire()
         return reason
 
@@ -209,6 +213,8 @@ class Supervisor:
         finally:
             dead.cancel()
             silent.cancel()
+            # Collects what the other one may have raised.
+            await asyncio.gather(dead, silent, return_exceptions=True)
 
     async def _silence(self, worker: Worker) -> str:
         """Return when a heartbeat stays unanswered, as that of a stopped process does."""
@@ -225,7 +231,10 @@ class Supervisor:
                 EngineStats(), **{name: getattr(self.stats, name) for name in _COUNTERS}
             )
             self._worker = None
-            await worker.close()
+            try:
+                await worker.close()
+            except Exception:
+                _log.exception("the engine could not be closed")
 
     def _give_up(self, reason: KvfoldError) -> None:
         self.failure = reason

@@ -28,6 +28,7 @@ INFO = EngineInfo(
     device="cpu",
     machine="none",
     vocab_size=300,
+    eos_ids=(256,),
     max_len=256,
     kv_cache="dense",
     page_size=16,
@@ -67,6 +68,7 @@ def scored(token: int) -> TokenLogprobs:
     return TokenLogprobs(
         token=token,
         logprob=-0.5,
+        rank=1,
         top_tokens=(token, TEXT.encode("?")[0]),
         top_logprobs=(-0.5, -1.5),
     )
@@ -172,6 +174,8 @@ class ScriptedWorker:
         self.requests: list[Request] = []
         self.open: set[str] = set()
         self.aborted: list[str] = []
+        self.stopped: list[tuple[str, int]] = []
+        """Continuations that were aborted by themselves."""
         self.dead = asyncio.Event()
         self.answers = True
         self.n_steps = 0
@@ -184,7 +188,7 @@ class ScriptedWorker:
             n_running=len(self.open),
             n_waiting=n,
             kv_usage=0.5 if n else 0.0,
-            kv_bytes={"pages": 128 * n},
+            kv_bytes={"dense": 128 * n},
             kv_tokens=16 * n,
             n_preempted=n,
             n_steps=n,
@@ -208,8 +212,10 @@ class ScriptedWorker:
         self.open.add(request.id)
         return Stream(self, request, self.script)
 
-    def abort(self, request_id: str) -> None:
-        if request_id in self.open:
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if index is not None:
+            self.stopped.append((request_id, index))
+        elif request_id in self.open:
             self.open.discard(request_id)
             self.aborted.append(request_id)
 

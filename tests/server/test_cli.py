@@ -129,6 +129,8 @@ def test_counts(text: str, number: int) -> None:
         (["--config", "/nonexistent.yaml"], "nonexistent"),
         (["/nonexistent/model"], "nonexistent"),
         (["--chat-template", "/nonexistent"], "nonexistent"),
+        (["--tokenizer", "/nonexistent/tokenizer"], "no directory /nonexistent/tokenizer"),
+        (["--max-model-len", "1e999.0"], "4096"),
     ],
 )
 def test_wrong_settings_are_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
@@ -155,6 +157,42 @@ def test_wrong_files(tmp_path: Path, content: str) -> None:
     result = serve("--dry-run", "--config", str(file))
     assert result.exit_code == 2, result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "api_keys: [sk-hidden",
+        "api_keys: *sk-hidden",
+        "api_keys: !sk-hidden x",
+        "api-key: {sk-hidden: [}",
+        "server: {api_keys: {sk-hidden: 1}}",
+        "server: {api_keys: [[sk-hidden]]}",
+        "api-key: [sk-hidden, 5]",
+    ],
+)
+def test_wrong_files_never_show_a_key(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "kvfold.yaml"
+    file.write_text(content)
+    result = serve("--dry-run", "--config", str(file))
+    assert result.exit_code == 2, result.output
+    assert "hidden" not in result.output
+    assert "api_keys" in result.output or "line 1, column" in result.output
+
+
+def test_a_list_of_one_may_be_written_without_brackets(tmp_path: Path) -> None:
+    file = tmp_path / "kvfold.yaml"
+    file.write_text("api-key: x\nserver: {allowed_origins: 'http://a'}\nserved_model_name: m\n")
+    values = shown("--config", str(file))
+    assert values["server.api_keys"][0].strip() == "<1 hidden>"
+    assert values["server.allowed_origins"][0].strip() == '["http://a"]'
+    assert values["model.served_names"][0].strip() == '["m"]'
+
+
+def test_numbers_in_files_are_refused_by_the_name_of_their_setting(tmp_path: Path) -> None:
+    file = tmp_path / "kvfold.yaml"
+    file.write_text("max-num-seqs: many")
+    assert "scheduler.max_sequences" in serve("--dry-run", "--config", str(file)).output
 
 
 def test_version() -> None:

@@ -1,12 +1,13 @@
 """POST /v1/completions: the objects, the stream as bytes, and what the engine is asked."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
 
 import pytest
-from kvfold.core.sequence import FinishReason, Output, Request
+from kvfold.core.sequence import FinishReason, Output, Request, TokenLogprobs
 
-from .scripted import EOS, TEXT, output, say, serving, stable
+from .scripted import EOS, INFO, TEXT, output, say, serving, stable
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/completions"
@@ -119,8 +120,8 @@ async def test_stop_strings(
         assert "".join(c["text"] for c in choices) == text
         assert choices[-1]["finish_reason"] == "stop"
         assert choices[-1]["stop_reason"] == "STOP"
-        # Nothing is left to compute for a request whose only continuation has stopped.
-        assert client.worker.aborted == [client.worker.requests[0].id]
+        # The engine knows nothing of stop strings.
+        assert client.worker.stopped == [(client.worker.requests[0].id, 0)]
 
 
 async def test_stop_string_of_one_of_two_does_not_end_the_other() -> None:
@@ -129,7 +130,20 @@ async def test_stop_string_of_one_of_two_does_not_end_the_other() -> None:
         choices = (await client.post(PATH, body)).json()["choices"]
         assert [c["text"] for c in choices] == ["a ", "A STOP B"]
         assert [c["stop_reason"] for c in choices] == ["stop", None]
+        assert client.worker.stopped == [(client.worker.requests[0].id, 0)]
         assert not client.worker.aborted
+
+
+async def test_both_the_models_and_the_tokenizers_end_of_text_end_it() -> None:
+    own = TEXT.encode("b")[0]
+    async with serving(say("ab")) as client:
+        client.supervisor.info = dataclasses.replace(INFO, eos_ids=(own,))
+        body = {"prompt": "x", "include_stop_str_in_output": True}
+        choice = (await client.post(PATH, body)).json()["choices"][0]
+        assert client.worker.requests[0].sampling.stop_token_ids == tuple(sorted((own, EOS)))
+        assert (choice["text"], choice["stop_reason"]) == ("a", None)
+        await client.post(PATH, body | {"ignore_eos": True})
+        assert client.worker.requests[1].sampling.stop_token_ids == ()
 
 
 async def test_text_held_back_for_a_stop_string_comes_at_the_end() -> None:
@@ -156,15 +170,23 @@ async def test_prompts_may_be_many_and_may_be_tokens() -> None:
         texts = ["onehi", "oneHI", "threehi", "threeHI"]
         assert [(c["index"], c["text"]) for c in reply["choices"]] == list(enumerate(texts))
         assert reply["usage"]["prompt_tokens"] == 8
-        assert {r.sampling.seed for r in client.worker.requests} == {7}
+        assert [r.sampling.seed for r in client.worker.requests] == [7, 8]
         client.worker.requests.clear()
         ids = TEXT.encode("hey")
         for prompt in (ids, [ids, ids]):
             reply = (await client.post(PATH, {"prompt": prompt, "echo": True})).json()
             assert reply["choices"][0]["text"] == "heyhi"
         assert all(r.prompt == tuple(ids) for r in client.worker.requests)
-        seeds = [r.sampling.seed for r in client.worker.requests[1:]]
-        assert seeds[1] == seeds[0] + 1
+
+
+async def test_echoed_seed_repeats_a_list() -> None:
+    async with serving() as client:
+        body = {"prompt": ["a", "b", "c"]}
+        drawn = (await client.post(PATH, body)).headers["x-kvfold-seed"]
+        await client.post(PATH, body | {"seed": int(drawn)})
+        seeds = [r.sampling.seed for r in client.worker.requests]
+        assert seeds[:3] == seeds[3:]
+        assert len(set(seeds)) == 3
 
 
 async def test_many_prompts_stream_into_their_own_choices() -> None:
@@ -195,10 +217,25 @@ async def test_echo_scores_the_prompt_as_evaluation_harnesses_read_it() -> None:
         assert alone.json()["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_text_offsets_are_places_in_the_text(stream: bool) -> None:
+    async with serving(say("aé", "→b")) as client:
+        body = {"prompt": "ü", "logprobs": 0, "stream": stream, "ignore_eos": True}
+        for echo, offsets in ((False, [0, 1, 1, 2, 2, 2, 3]), (True, [0, 0, 1, 2, 2, 3, 3, 3, 4])):
+            reply = await client.post(PATH, body | {"echo": echo, "max_tokens": 7})
+            bodies = reply.events()[:-1] if stream else [reply.json()]
+            found = [o for b in bodies for o in b["choices"][0]["logprobs"]["text_offset"]]
+            assert found == offsets
+
+
+async def test_newer_name_of_max_tokens_is_honoured() -> None:
+    async with serving() as client:
+        await client.post(PATH, {"prompt": "x", "max_tokens": 9, "max_completion_tokens": 5})
+        assert client.worker.requests[0].sampling.max_tokens == 5
+
+
 async def test_chosen_token_is_among_the_alternatives() -> None:
     async def script(request: Request) -> AsyncGenerator[tuple[Output, ...]]:
-        from kvfold.core.sequence import TokenLogprobs
-
         a, b = TEXT.encode("ab")
         entry = TokenLogprobs(
             token=b, logprob=float("-inf"), top_tokens=(a,), top_logprobs=(-0.25,)
@@ -221,12 +258,24 @@ async def test_prompt_logprobs_are_vllms() -> None:
         assert second[b] == {"logprob": -0.5, "rank": 1, "decoded_token": "b"}
 
 
+async def test_a_prompt_token_below_the_alternatives_has_its_rank() -> None:
+    a, b = TEXT.encode("ab")
+
+    async def script(request: Request) -> AsyncGenerator[tuple[Output, ...]]:
+        top = {"top_tokens": (a,), "top_logprobs": (-0.25,)}
+        entry = TokenLogprobs(token=b, logprob=-9.0, rank=77, **top)
+        yield (output(request, [a], finish=FinishReason.LENGTH, prompt_logprobs=(None, entry)),)
+
+    async with serving(script) as client:
+        reply = await client.post(PATH, {"prompt": "ab", "prompt_logprobs": 1, "max_tokens": 1})
+        second = reply.json()["choices"][0]["prompt_logprobs"][1]
+        assert {token: entry["rank"] for token, entry in second.items()} == {str(b): 77, str(a): 1}
+
+
 async def test_best_of_returns_the_likeliest() -> None:
     async def script(request: Request) -> AsyncGenerator[tuple[Output, ...]]:
         assert request.sampling.n == 3
         assert request.sampling.logprobs == 0
-        from kvfold.core.sequence import TokenLogprobs
-
         yield tuple(
             Output(
                 id=request.id,

@@ -16,7 +16,8 @@ VLLM = {
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens"),
     *("generation_tokens", "request_success", "request_prompt_tokens"),
     *("request_generation_tokens", "request_params_max_tokens", "request_params_n"),
-    *("iteration_tokens_total", "time_to_first_token_seconds", "inter_token_latency_seconds"),
+    *("request_max_num_generation_tokens", "time_to_first_token_seconds"),
+    "inter_token_latency_seconds",
     *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
     *("request_queue_time_seconds", "request_prefill_time_seconds"),
     *("request_decode_time_seconds", "request_inference_time_seconds", "cache_config_info"),
@@ -67,11 +68,21 @@ async def test_aliases_are_vllms_names_and_can_be_left_out() -> None:
         assert not any(name.startswith("vllm:") for name in await scrape(client))
 
 
+async def test_pool_has_a_sample_before_the_first_step_and_after_a_restart() -> None:
+    line = 'kvfold:kv_cache_bytes{model_name="test",pool="dense"} 0.0'
+    async with serving(script) as client:
+        assert line in (await client.get("/metrics")).body.decode()
+        await client.post("/v1/completions", {"prompt": "x"})
+        assert line not in (await client.get("/metrics")).body.decode()
+        await client.supervisor._retire()
+        assert line in (await client.get("/metrics")).body.decode()
+
+
 async def test_bytes_and_tokens_give_bytes_per_token() -> None:
     async with serving(script) as client:
         await client.post("/v1/completions", {"prompt": "x"})
         body = (await client.get("/metrics")).body.decode()
-        assert 'kvfold:kv_cache_bytes{model_name="test",pool="pages"} 384.0' in body
+        assert 'kvfold:kv_cache_bytes{model_name="test",pool="dense"} 384.0' in body
         assert 'kvfold:kv_cache_tokens{model_name="test"} 48.0' in body
 
 
@@ -84,7 +95,7 @@ async def test_counts_of_one_request() -> None:
             'request_prompt_tokens_sum{model_name="test"} 2.0',
             'request_generation_tokens_sum{model_name="test"} 3.0',
             'request_params_max_tokens_sum{model_name="test"} 5.0',
-            'iteration_tokens_total_count{model_name="test"} 3.0',
+            'request_max_num_generation_tokens_sum{model_name="test"} 3.0',
             'inter_token_latency_seconds_count{model_name="test"} 2.0',
             'time_to_first_token_seconds_count{model_name="test"} 1.0',
         ):

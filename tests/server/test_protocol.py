@@ -10,6 +10,7 @@ import uvicorn
 from kvfold.core.sequence import FinishReason, Output, Request
 from kvfold.server import protocol
 from kvfold.server.protocol import GuardedProtocol
+from kvfold.server.supervisor import State
 
 from .scripted import TEXT, Client, output, serving
 
@@ -81,6 +82,32 @@ async def test_header_bombs(parts: list[bytes]) -> None:
         assert json.loads(body)["error"]["code"] == "request_header_too_large"
         head, _ = await talk(port, GET + b"connection: close\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/livez", "/readyz", "/ready", "/v1/models", "/v1/models/test", "/metrics"]
+)
+async def test_head_is_get_without_a_body(path: str) -> None:
+    asks = "HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    async with listening() as (client, port):
+        head, body = await talk(port, f"HEAD {path} {asks}".encode())
+        got, content = await talk(port, f"GET {path} {asks}".encode())
+        assert head.startswith(b"HTTP/1.1 200 ")
+        assert body == b""
+        for each in (head, got):
+            assert f"content-length: {len(content)}".encode() in each
+        client.supervisor.state = State.DEGRADED
+        head, body = await talk(port, f"HEAD /readyz {asks}".encode())
+        assert (head[:12], body) == (b"HTTP/1.1 503", b"")
+
+
+async def test_a_slash_too_many_is_no_route_and_no_redirect() -> None:
+    async with listening() as (_, port):
+        asks = b"POST /v1/completions/ HTTP/1.1\r\nhost: evil\r\nconnection: close\r\n\r\n"
+        head, body = await talk(port, asks)
+        assert head.startswith(b"HTTP/1.1 404 ")
+        assert b"evil" not in head + body
+        assert json.loads(body)["error"]["code"] == "unknown_route"
 
 
 async def test_half_a_header_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

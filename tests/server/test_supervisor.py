@@ -1,10 +1,11 @@
 """One source of truth for the state: start, heartbeat, restart, breaker, drain."""
 
 import asyncio
+import gc
 from collections.abc import Callable
 
 import pytest
-from kvfold.core.errors import Internal, KvfoldError, Refused, Unavailable
+from kvfold.core.errors import Internal, Refused, Unavailable
 from kvfold.core.report import EngineInfo
 from kvfold.core.sequence import Request, SamplingParams
 from kvfold.server.supervisor import State, Supervisor
@@ -34,7 +35,7 @@ class Clock:
 class Workshop:
     """Makes workers and keeps them."""
 
-    def __init__(self, fails: Callable[[int], KvfoldError | None] = lambda n: None) -> None:
+    def __init__(self, fails: Callable[[int], Exception | None] = lambda n: None) -> None:
         self.workers: list[ScriptedWorker] = []
         self.fails = fails
         self.made = asyncio.Semaphore(0)
@@ -125,6 +126,39 @@ async def test_restart_that_fails_counts_as_a_crash() -> None:
     await until(lambda: supervisor.n_restarts == 3 and supervisor.has_engine)
     assert clock.pauses == [0.5, 1.0, 2.0]
     await supervisor.close()
+
+
+@pytest.mark.parametrize("where", ["make", "start", "watch", "close"])
+async def test_what_the_operating_system_refuses_counts_as_a_crash(where: str) -> None:
+    workshop, clock = Workshop(), Clock()
+    unhandled: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+
+    async def refuse(*_: object) -> None:
+        raise OSError(12, "no memory")
+
+    def make_worker() -> ScriptedWorker:
+        if workshop.workers and where == "make":
+            raise OSError(12, "no memory")
+        worker = workshop()
+        if len(workshop.workers) > 1:
+            names = {"start": "start", "watch": "wait_dead", "close": "close"}
+            setattr(worker, names[where], refuse)
+            worker.dead.set()
+        return worker
+
+    supervisor = Supervisor(make_worker, clock=lambda: clock.now, sleep=clock.sleep)
+    supervisor.start()
+    await supervisor.ready()
+    workshop.workers[0].dead.set()
+    reason = await supervisor.failed()
+    assert isinstance(reason, Internal)
+    assert ("no memory" in reason.message) == (where != "close")
+    assert clock.pauses == [0.5, 1.0, 2.0, 4.0]
+    assert supervisor.state is State.FAILED
+    await supervisor.close()
+    gc.collect()
+    assert not unhandled
 
 
 async def test_engine_that_does_not_answer_is_replaced() -> None:

@@ -23,7 +23,8 @@ SHARED: list[tuple[str, Any, str]] = [
     ("min_p", 1.1, "1"),
     ("presence_penalty", 3, "2"),
     ("frequency_penalty", -3, "-2"),
-    ("repetition_penalty", 0, "0"),
+    ("repetition_penalty", 0, "0.01"),
+    ("repetition_penalty", 1e-300, "0.01"),
     ("n", 0, "1"),
     ("n", 129, "128"),
     ("max_tokens", -1, "0"),
@@ -118,6 +119,7 @@ async def test_misfits(path: str, body: dict[str, Any], param: str) -> None:
         (COMPLETIONS, "use_beam_search", True, False),
         (COMPLETIONS, "response_format", {"type": "json_object"}, {"type": "text"}),
         (COMPLETIONS, "messages", MESSAGES, None),
+        (COMPLETIONS, "top_logprobs", 2, None),
         (CHAT, "tools", [{"type": "function"}], []),
         (CHAT, "tool_choice", "required", "auto"),
         (CHAT, "response_format", {"type": "json_schema"}, {"type": "text"}),
@@ -151,6 +153,32 @@ async def test_unknown_keys_are_named_and_refused_when_strict() -> None:
         assert (
             await client.post(COMPLETIONS, body_for(COMPLETIONS) | {"user": "me"})
         ).status == 200
+
+
+async def test_unknown_keys_inside_are_named_too() -> None:
+    said = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "zeta": 1}
+    body = {"messages": [*MESSAGES, said], "stream": True, "stream_options": {"eta": 1}}
+    async with serving() as client:
+        reply = await client.post(CHAT, body)
+        named = "messages.zeta,stream_options.eta"
+        assert (reply.status, reply.headers["x-kvfold-ignored-params"]) == (200, named)
+        assert "zeta" not in TEXT.decode(client.worker.requests[0].prompt)
+    async with serving(settings=config(strict_params=True)) as client:
+        reply = await client.post(CHAT, body)
+        assert (reply.status, reply.error["param"]) == (400, "messages.zeta")
+
+
+@pytest.mark.parametrize(
+    ("key", "asks"), [("function_call", {"name": "f"}), ("tool_calls", [{"id": "1"}])]
+)
+async def test_messages_with_calls_are_refused(key: str, asks: object) -> None:
+    async with serving() as client:
+        said = {"role": "assistant", "content": "x"}
+        reply = await client.post(CHAT, {"messages": [*MESSAGES, said | {key: asks}]})
+        assert (reply.status, reply.error["code"]) == (400, "unsupported_parameter")
+        assert reply.error["param"] == f"messages.{key}"
+        reply = await client.post(CHAT, {"messages": [*MESSAGES, said | {key: None}]})
+        assert reply.status == 200
 
 
 async def test_nulls_are_unset() -> None:
@@ -238,6 +266,8 @@ async def test_tokenize_and_back() -> None:
         chat = (await client.post("/tokenize", {"messages": MESSAGES})).json()
         assert TEXT.decode(chat["tokens"]) == "[user]hi[assistant]"
         assert chat["token_strs"] is None
+        reply = await client.post("/tokenize", {"prompt": "hé", "messages": None})
+        assert reply.json()["tokens"] == TEXT.encode("hé")
         for path, body in (
             ("/detokenize", {"tokens": [300]}),
             ("/detokenize", {"tokens": [-1]}),
