@@ -4,7 +4,7 @@ Pages are [pages, kv_heads, page_size, head_dim]; query head h reads kv head h /
 group = heads / kv_heads. Page 0 is scratch and belongs to nobody.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +25,9 @@ _TILE_TOKENS = 1024
 # batched kernel; both round differently.
 _LEAST_PRODUCT = 16 * 16 * 16 + 1
 _LEAST_MATRICES = 2
+# oneDNN compiles code for every number of matrices it meets, 0.5 MiB each, and keeps half of it for
+# good (0.25 MiB; torch 2.13, bfloat16, AVX512_BF16): only so many sizes per octave are multiplied.
+_SIZES_PER_OCTAVE = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,6 +430,20 @@ def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
     if n * kv_heads < least:
         times = -(-least // (n * kv_heads))
         rows, pages = rows.repeat(times, 1, 1, 1), pages.repeat(times, 1, 1, 1)
-    matrices = pages.flatten(0, 1)
-    product = torch.bmm(rows.flatten(0, 1), matrices.mT if transposed else matrices)
+    blocks = []
+    at = 0
+    for size in _common_sizes(len(rows)):
+        matrices = pages[at : at + size].flatten(0, 1)
+        factors = rows[at : at + size].flatten(0, 1)
+        blocks.append(torch.bmm(factors, matrices.mT if transposed else matrices))
+        at += size
+    product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return product.view(-1, kv_heads, group, product.shape[2])[:n]
+
+
+def _common_sizes(n: int) -> Iterator[int]:
+    """Sizes that sum to n, of at most `_SIZES_PER_OCTAVE` per octave; all n below twice that."""
+    while n:
+        step = max(1, (1 << n.bit_length() - 1) // _SIZES_PER_OCTAVE)
+        yield n - n % step
+        n %= step

@@ -9,7 +9,9 @@ from .dispatch import check
 # Rows the packed layout is tuned for: a full decode batch. The layout serves any number of rows.
 _TUNED_ROWS = 32
 # oneDNN sums a single row in another order than many, and reads memory slower for few: a layer
-# stack of 0.72 GB took 26.9 ms at 1 row, 30.5 at 2 and 21.6 at 4 (2 cores, AVX512_BF16).
+# stack of 0.72 GB took 26.9 ms at 1 row, 30.5 at 2 and 21.6 at 4 (2 cores, AVX512_BF16). It also
+# compiles code for every number of rows it meets, 0.5 MiB each, and keeps half of it for good: rows
+# are filled up to multiples of this, and above 32 to coarser ones.
 _LEAST_ROWS = 4
 
 
@@ -85,10 +87,17 @@ def linear(x: Tensor, w: PackedLinear) -> Tensor:
 
 def _packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     n = x.shape[0]
-    if 0 < n < _LEAST_ROWS:
-        return _packed(x.repeat(-(-_LEAST_ROWS // n), 1), packed, bias)[:n]
+    n_computed = _common_rows(n)
+    if n_computed > n > 0:
+        x = torch.cat((x, x[:1].expand(n_computed - n, -1)))
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+    return y[:n]
+
+
+def _common_rows(n: int) -> int:
+    """The least number of rows that is computed and holds n: above 32 there are 4 per octave."""
+    step = max(_LEAST_ROWS, (1 << max(n - 1, 0).bit_length()) // 8)
+    return -(-n // step) * step
 
 
 def _try_pack(weight: Tensor) -> Tensor | None:

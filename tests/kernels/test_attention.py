@@ -187,6 +187,26 @@ def test_runs_of_consecutive_pages_are_read_in_place() -> None:
     assert not len(plan.partial)
 
 
+def test_few_batch_sizes_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size that oneDNN has met costs memory that it never returns."""
+    multiply = torch.bmm
+    met = set()
+
+    def counting(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        met.add(len(left))
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch, "bmm", counting)
+    pool = torch.zeros(300, 2, 8, 16)
+    q = torch.zeros(1, 2, 16)
+    for n in range(1, 300):
+        for token_bytes in (2**20, 1):
+            plan = plan_decode([range(n)], [8 * n], 8, None, CPU, token_bytes=token_bytes)
+            decode_attention(q, pool, pool, plan, 1.0)
+    # Every size up to 8 pages, from there 4 per octave; the least product; times 2 heads.
+    assert len(met) <= 32
+
+
 def test_pages_outside_the_window_are_not_read() -> None:
     plan = plan_decode([[1, 2, 3, 4]], [200], 64, 70, CPU)
     assert plan.partial_pages.tolist() == [3, 4]

@@ -62,6 +62,27 @@ def test_bytes_held(keep: bool) -> None:
     assert packed.nbytes == copies * weight.nbytes + bias.nbytes
 
 
+def test_few_row_counts_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each count that oneDNN has met costs memory that it never returns."""
+    multiply = torch.ops.mkldnn._linear_pointwise
+    met = set()
+
+    def counting(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        met.add(len(x))
+        return multiply(x, *rest)
+
+    x, weight, _ = case(8, 8, torch.float32, tokens=2048)
+    packed = pack(weight)
+    if packed.packed is None:
+        pytest.skip("this torch packs nothing on this machine")
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counting)
+    full = linear(x, packed)
+    for n in range(1, 2049):
+        assert torch.equal(linear(x[:n], packed), full[:n])
+    assert len(met) <= 32
+    assert all(any(n <= m <= 1.25 * n for m in met) for n in range(16, 2049))
+
+
 def test_no_rows() -> None:
     x, weight, _ = case(63, 129, torch.float32, tokens=0)
     assert linear(x, pack(weight)).shape == (0, 63)
