@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizer, chat template, incremental decoding, stop strings.
+"""Text to token ids and back: tokenizer and incremental decoding.
 
 Runs in the API process, so it reads `tokenizer.json` and the template by itself: transformers'
 `AutoTokenizer` imports torch (seen with 5.23). What `decode` returns is what the pushes of a
@@ -9,18 +9,13 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ..core.errors import NotFound, Refused
+from .chat_template import ChatTemplate
 
 _FILES = ("tokenizer*.json", "special_tokens_map.json", "*config.json", "*.jinja")
 """What is fetched when the tokenizer is a hub id."""
@@ -55,9 +50,8 @@ class Text:
         tokenizer.no_padding()
         special_tokens = special_tokens or {}
         self._tokenizer = tokenizer
-        self._name = name
-        self._templates = _compile(templates or {}, name)
-        self._special_tokens = dict(special_tokens)
+        self.template = ChatTemplate(templates or {}, special_tokens, name)
+        """Writes conversations as text."""
         self._special_ids = frozenset(
             token_id
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
@@ -122,11 +116,6 @@ class Text:
         """Known tokens, added ones included; a model's logits may be wider."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `render` can work."""
-        return bool(self._templates)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. Raises `Refused` when it is not valid Unicode.
 
@@ -140,42 +129,6 @@ class Text:
             raise Refused("the text holds a lone surrogate: it is not valid Unicode") from error
         return ids
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str:
-        """A conversation as the text that the model was trained on.
-
-        `template_kwargs` are further variables of the template; `tools` is one of them. With
-        `continue_final_message` the text ends inside the last message, for the model to go on.
-
-        Raises `Refused` when there is no template, or with what the template says against it.
-        """
-        if not self._templates:
-            raise Refused(
-                f"{self._name} has no chat template, so it cannot take messages; give the server "
-                "one with --chat-template FILE, or send a plain prompt to /v1/completions",
-                code="chat_template_missing",
-            )
-        if continue_final_message and add_generation_prompt:
-            raise Refused(
-                "continue_final_message and add_generation_prompt exclude each other; set "
-                "add_generation_prompt to false",
-                param="continue_final_message",
-            )
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self._special_tokens}
-        variables.update(template_kwargs or {})
-        variables.update(add_generation_prompt=add_generation_prompt)
-        name = "tool_use" if variables["tools"] and "tool_use" in self._templates else "default"
-        template = self._templates[name]
-        if continue_final_message:
-            return _render_open(template, messages, variables)
-        return _render(template, messages, variables)
-
     def chat_ids(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -186,9 +139,9 @@ class Text:
     ) -> list[int]:
         """The ids of a rendered conversation. The template writes all special tokens itself.
 
-        Raises `Refused` as `render` and `encode` do.
+        Raises `Refused` as `ChatTemplate.render` and `encode` do.
         """
-        rendered = self.render(
+        rendered = self.template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
@@ -287,74 +240,6 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-class StopStrings:
-    """Finds the first stop string in a text that arrives in parts, however it is cut.
-
-    The match that ends first wins, and among those the longest. Text that may be the start of a
-    stop string is held back. One Knuth-Morris-Pratt automaton per string: linear in the text.
-    """
-
-    def __init__(self, stops: tuple[str, ...], include: bool = False) -> None:
-        """`include` emits the stop string itself, too. No stop string may be empty."""
-        assert all(stops), "an empty stop string matches everywhere"
-        # The longest first, so that it wins where two match at the same character.
-        self._stops = sorted(stops, key=len, reverse=True)
-        self._borders = [_borders(stop) for stop in self._stops]
-        self._include = include
-        self._matched = [0] * len(stops)
-        self._held = ""
-
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Take in text; returns what may be emitted, and the stop string once one is complete.
-
-        What follows the stop string is dropped, and nothing may be pushed after it.
-        """
-        if not self._held and not any(stop[0] in text for stop in self._stops):
-            # The usual case, at the speed of C: no automaton has begun, and none begins.
-            return text, None
-        seen = self._held + text
-        for at in range(len(self._held), len(seen)):
-            stop = self._advance(seen[at])
-            if stop is not None:
-                self._held = ""
-                return seen[: at + 1 - (0 if self._include else len(stop))], stop
-        split = len(seen) - max(self._matched)
-        self._held = seen[split:]
-        return seen[:split], None
-
-    def flush(self) -> str:
-        """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        self._matched = [0] * len(self._stops)
-        return held
-
-    def _advance(self, char: str) -> str | None:
-        """Move every automaton by a character; returns the stop string that this completes."""
-        found = None
-        for i, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
-            matched = self._matched[i]
-            while matched and stop[matched] != char:
-                matched = borders[matched - 1]
-            matched += stop[matched] == char
-            if matched == len(stop):
-                found = found or stop
-                matched = borders[matched - 1]
-            self._matched[i] = matched
-        return found
-
-
-def _borders(stop: str) -> list[int]:
-    """For each prefix, the length of its longest proper prefix that is also its suffix."""
-    borders = [0] * len(stop)
-    matched = 0
-    for at in range(1, len(stop)):
-        while matched and stop[matched] != stop[at]:
-            matched = borders[matched - 1]
-        matched += stop[matched] == stop[at]
-        borders[at] = matched
-    return borders
-
-
 def _byte_alphabet() -> dict[str, int]:
     """The characters by which byte-level BPE writes bytes: themselves where they are visible."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -371,98 +256,6 @@ def _flatten(decoder: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A decoder of tokenizer.json and the parts that it is a sequence of."""
     parts: Sequence[Mapping[str, Any]] = decoder.get("decoders", ())
     return [decoder, *(leaf for part in parts for leaf in _flatten(part))]
-
-
-# Chat templates. The environment is the one that templates are written for: transformers'.
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant said, for training; here it marks nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 – jinja2 declares it as an instance attribute
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The statements inside, as they are."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as templates expect it: jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _compile(sources: Mapping[str, str], name: str) -> dict[str, jinja2.Template]:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise, strftime_now=_now)
-    try:
-        return {kind: environment.from_string(source) for kind, source in sources.items()}
-    except jinja2.TemplateError as error:
-        raise Refused(
-            f"the chat template of {name} cannot be compiled: {error}; --chat-template FILE "
-            "replaces it",
-            code="chat_template_error",
-        ) from error
-
-
-def _render(
-    template: jinja2.Template, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> str:
-    try:
-        return template.render({**variables, "messages": messages})
-    # Templates compute: they fail with TypeError and its like as well as with their own errors.
-    except Exception as error:
-        raise Refused(
-            f"the chat template refused the messages: {error}",
-            param="messages",
-            code="chat_template_error",
-        ) from error
-
-
-def _render_open(
-    template: jinja2.Template, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-) -> str:
-    """Render without whatever the template writes after the content of the last message."""
-    last = dict(messages[-1]) if messages else {}
-    content = last.get("content")
-    if not isinstance(content, str) or not content:
-        raise Refused(
-            "continue_final_message needs a last message with text to continue", param="messages"
-        )
-    # A mark after the content survives whatever the template does before and after it.
-    mark = "\N{LEFT-POINTING ANGLE BRACKET}continue here\N{RIGHT-POINTING ANGLE BRACKET}"
-    rendered = _render(template, [*messages[:-1], {**last, "content": content + mark}], variables)
-    before, found, _ = rendered.rpartition(mark)
-    if not found:
-        raise Refused(
-            "continue_final_message is set, but the chat template drops the last message",
-            param="messages",
-            code="chat_template_error",
-        )
-    return before
 
 
 # The files of a tokenizer.

@@ -16,7 +16,8 @@ from typing import Any
 from ..core.errors import ERRORS, Internal, KvfoldError, Refused, TooLong, Unavailable
 from ..core.report import EngineInfo
 from ..core.sequence import FinishReason, Output, Request, SamplingParams, TokenLogprobs
-from ..engine.text import StopStrings, Text
+from ..engine.stop_strings import StopStrings
+from ..engine.text import Text
 from ..engine.worker import OutputStream
 from .metrics import Metrics, Timeline
 from .schemas import Sampling

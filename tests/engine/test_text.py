@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from kvfold.core.errors import NotFound, Refused
-from kvfold.engine.text import StopStrings, Text
+from kvfold.engine.stop_strings import StopStrings
+from kvfold.engine.text import Text
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -137,7 +138,6 @@ def test_a_directory_is_loaded_with_all_it_states(directory: Path) -> None:
     assert text.vocab_size == 341
     assert text.bos_id == 0
     assert text.eos_ids == (3, 1, 2)
-    assert text.has_chat_template
     assert text.is_special(2)
     assert not text.is_special(340)
 
@@ -156,7 +156,6 @@ def test_what_is_not_stated_is_none(tmp_path: Path, tokenizer: Tokenizer) -> Non
     write(tmp_path, "tokenizer_config.json", {"model_max_length": int(1e30)})
     text = Text.load(str(tmp_path))
     assert (text.bos_id, text.eos_ids) == (None, ())
-    assert not text.has_chat_template
 
 
 def test_truncation_left_over_from_training_is_undone(directory: Path) -> None:
@@ -216,7 +215,7 @@ def test_a_lone_surrogate_is_refused(directory: Path) -> None:
 
 def test_a_conversation_is_rendered(directory: Path) -> None:
     text = Text.load(str(directory))
-    rendered = text.render(MESSAGES)
+    rendered = text.template.render(MESSAGES)
     assert rendered == "<s><|user|>hi</s><|assistant|>well </s><|assistant|>"
     assert text.chat_ids(MESSAGES) == text.encode(rendered, add_special_tokens=False)
     assert text.chat_ids(MESSAGES).count(0) == 1
@@ -224,7 +223,9 @@ def test_a_conversation_is_rendered(directory: Path) -> None:
 
 def test_the_last_message_may_stay_open(directory: Path) -> None:
     text = Text.load(str(directory))
-    rendered = text.render(MESSAGES, add_generation_prompt=False, continue_final_message=True)
+    rendered = text.template.render(
+        MESSAGES, add_generation_prompt=False, continue_final_message=True
+    )
     assert rendered == "<s><|user|>hi</s><|assistant|>well "
 
 
@@ -240,13 +241,13 @@ def test_an_open_message_that_cannot_be_is_refused(
     directory: Path, messages: list[Any], options: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(Refused) as caught:
-        Text.load(str(directory)).render(messages, continue_final_message=True, **options)
+        Text.load(str(directory)).template.render(messages, continue_final_message=True, **options)
     assert caught.value.param == param
 
 
 def test_template_variables_reach_the_template(directory: Path) -> None:
     text = Text.load(str(directory))
-    rendered = text.render(
+    rendered = text.template.render(
         MESSAGES[:1], add_generation_prompt=False, template_kwargs={"shout": {"é": "<"}}
     )
     assert rendered == '<s><|user|>hi</s>{"é": "<"}'
@@ -255,7 +256,9 @@ def test_template_variables_reach_the_template(directory: Path) -> None:
 def test_template_variables_do_not_replace_the_messages(directory: Path) -> None:
     text = Text.load(str(directory))
     replaced = {"messages": [], "add_generation_prompt": False}
-    assert text.render(MESSAGES, template_kwargs=replaced) == text.render(MESSAGES)
+    assert text.template.render(MESSAGES, template_kwargs=replaced) == text.template.render(
+        MESSAGES
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,34 +273,36 @@ def test_what_the_template_says_is_passed_on(
     directory: Path, message: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(Refused, match=says) as caught:
-        Text.load(str(directory)).render([message])
+        Text.load(str(directory)).template.render([message])
     assert caught.value.code == "chat_template_error"
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(Refused, match="unsafe"):
-        Text.load(str(directory)).render(MESSAGES)
+        Text.load(str(directory)).template.render(MESSAGES)
 
 
 def test_without_a_template_the_fix_is_named(directory: Path) -> None:
     rewrite(directory, "tokenizer_config.json", chat_template=None)
     with pytest.raises(Refused, match="--chat-template"):
-        Text.load(str(directory)).render(MESSAGES)
+        Text.load(str(directory)).template.render(MESSAGES)
 
 
 def test_where_a_template_comes_from(directory: Path, tmp_path: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     rewrite(directory, "tokenizer_config.json", chat_template=named)
     text = Text.load(str(directory))
-    assert text.render(MESSAGES) == "plain"
-    assert text.render(MESSAGES, template_kwargs={"tools": [{"type": "function"}]}) == "tools"
+    assert text.template.render(MESSAGES) == "plain"
+    assert (
+        text.template.render(MESSAGES, template_kwargs={"tools": [{"type": "function"}]}) == "tools"
+    )
     (directory / "chat_template.jinja").write_text("from its file")
-    assert Text.load(str(directory)).render(MESSAGES) == "from its file"
+    assert Text.load(str(directory)).template.render(MESSAGES) == "from its file"
     replacement = tmp_path / "mine.jinja"
     replacement.write_text("{% generation %}mine{% endgeneration %}")
     text = Text.load(str(directory), chat_template=str(replacement))
-    assert text.render(MESSAGES) == "mine"
+    assert text.template.render(MESSAGES) == "mine"
     with pytest.raises(Refused, match="cannot be read"):
         Text.load(str(directory), chat_template=str(tmp_path / "gone"))
 
@@ -335,7 +340,7 @@ def test_it_agrees_with_transformers(directory: Path, changes: dict[str, bool]) 
             {"add_generation_prompt": False, "continue_final_message": True},
         ]
         for options in variants:
-            assert text.render(messages, **options) == oracle.apply_chat_template(
+            assert text.template.render(messages, **options) == oracle.apply_chat_template(
                 messages, tokenize=False, **options
             )
 
