@@ -11,18 +11,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .generate import (
-    ADJECTIVES,
-    BOS,
-    END,
-    FIRSTS,
-    NOUNS,
-    PAD,
-    SECONDS,
-    SMALLTALK,
-    SPECIALS,
-    make_lesson,
-)
+from .generate import ADJECTIVES, FIRSTS, NOUNS, SECONDS
+from .lessons import BOS, END, PAD, SMALLTALK, SPECIALS, make_lesson
 
 VOCAB = 2048
 CHAT_TEMPLATE = (

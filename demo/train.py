@@ -25,19 +25,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .generate import (
-    ASSISTANT,
-    BOS,
-    END,
-    KINDS,
-    PAD,
-    USER,
-    Kind,
-    Segment,
-    Task,
-    make_lesson,
-    make_task,
-)
+from .generate import KINDS, Kind, Task, make_task
+from .lessons import ASSISTANT, BOS, END, PAD, USER, Segment, make_lesson
 from .llama import Llama, Shape, export, initialise
 from .tokenizer import build_tokenizer, save_tokenizer
 from .where import model_dir

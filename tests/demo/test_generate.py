@@ -18,10 +18,10 @@ from kvfold.demo.generate import (
     Kind,
     Split,
     count_tokens,
-    make_lesson,
     make_task,
-    story,
 )
+from kvfold.demo.lessons import make_lesson
+from kvfold.demo.prose import story
 from kvfold.demo.tokenizer import build_tokenizer
 from kvfold.demo.train import encode, skip_positions
 from kvfold.demo.where import model_dir

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kvfold.demo.evaluate import Answerer
-from kvfold.demo.generate import END, SPECIALS, make_task
+from kvfold.demo.generate import make_task
+from kvfold.demo.lessons import END, SPECIALS
 from kvfold.demo.llama import Llama, Shape, attend, config, export, initialise
 from kvfold.demo.train import prompt_text
 from kvfold.demo.where import model_dir
