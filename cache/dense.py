@@ -114,18 +114,25 @@ class DenseCache(KVCache):
         assert not seq.pages, f"{seq.request.id} already holds pages"
         if not self.lookup_len(seq):
             return 0
-        key = self._index.root(seq.generation, seq.request.salt)
-        for start in range(0, len(seq.tokens) - self.n_recomputed - size + 1, size):
-            tokens = seq.tokens[start : start + size]
-            key = self._index.extend(key, tokens)
-            page = self._index.find(key, tokens)
+        for i in range((len(seq.tokens) - self.n_recomputed) // size):
+            page = self._index.find(*self._page(seq, i))
             if page is None:
                 break
             self._pool.share(page)
             seq.pages.append(page)
-            seq.page_keys.append(key)
+        seq.n_published = len(seq.pages)
         seq.n_computed = len(seq.pages) * size
         return seq.n_computed
+
+    def _page(self, seq: Sequence, i: int) -> tuple[bytes, list[int]]:
+        """Key and tokens of page i. The keys before it are known: pages are asked for in order."""
+        size = self._spec.page_size
+        tokens = seq.tokens[i * size : (i + 1) * size]
+        keys = seq.page_keys
+        if i == len(keys):
+            before = keys[-1] if keys else self._index.root(seq.generation, seq.request.salt)
+            keys.append(self._index.extend(before, tokens))
+        return keys[i], tokens
 
     def reserve(self, seq: Sequence, n_tokens: int) -> bool:
         wanted = -(-(seq.n_computed + n_tokens) // self._spec.page_size) - len(seq.pages)
@@ -140,13 +147,10 @@ class DenseCache(KVCache):
     def commit(self, seq: Sequence) -> None:
         if not self._shares:
             return
-        size = self._spec.page_size
-        keys = seq.page_keys
-        for i in range(len(keys), seq.n_computed // size):
-            tokens = seq.tokens[i * size : (i + 1) * size]
-            before = keys[-1] if keys else self._index.root(seq.generation, seq.request.salt)
-            keys.append(self._index.extend(before, tokens))
-            self._index.publish(keys[-1], tokens, seq.pages[i])
+        n_full = seq.n_computed // self._spec.page_size
+        for i in range(seq.n_published, n_full):
+            self._index.publish(*self._page(seq, i), seq.pages[i])
+        seq.n_published = n_full
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
         full, partial = divmod(seq.n_computed, self._spec.page_size)
@@ -162,6 +166,7 @@ class DenseCache(KVCache):
             self._pool.share(page)
         child.pages = seq.pages[:full] + own
         child.page_keys = seq.page_keys[:full]
+        child.n_published = seq.n_published
         child.n_computed = seq.n_computed
         return True
 
@@ -170,7 +175,7 @@ class DenseCache(KVCache):
         for page in reversed(seq.pages):
             self._pool.give_back(page, keep=self._index.holds(page))
         seq.pages = []
-        seq.page_keys = []
+        seq.n_published = 0
 
     # Tensors.
 

@@ -6,6 +6,7 @@ the adapter's content (never its name), the backend's own salt and the tenant. T
 compared on every hit all the same: a collision must not serve another prompt's keys.
 """
 
+from array import array
 from collections.abc import Sequence as Tokens
 from hashlib import blake2b
 
@@ -20,7 +21,7 @@ def _digest(*parts: bytes) -> bytes:
 
 
 def _token_bytes(tokens: Tokens[int]) -> bytes:
-    return b"".join(token.to_bytes(4, "little") for token in tokens)
+    return array("I", tokens).tobytes()
 
 
 class PrefixIndex:

@@ -1,11 +1,11 @@
 """What a caller may be told, in one place and without HTTP.
 
-Every refusal that reaches a user is one of these. They cross the process boundary as class name
-plus fields, and `server/errors.py` maps the class to a status code. `message` names the offending
+Every refusal that reaches a user is one of these. They cross the process boundary as
+`ErrorFields`, and `server/errors.py` maps the class to a status code. `message` names the offending
 value, the limit and the fix; `param` is the request field at fault; `code` is a stable string.
 """
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 
 class KvfoldError(Exception):
@@ -27,6 +27,12 @@ class KvfoldError(Exception):
         self.code = code or self.default_code
         self.retry_after_s = retry_after_s
 
+    @property
+    def fields(self) -> "ErrorFields":
+        """The error as it crosses the process boundary."""
+        kind = type(self).__name__
+        return ErrorFields(kind, self.message, self.param, self.code, self.retry_after_s)
+
 
 class Refused(KvfoldError):
     """Understood, and we will not (400)."""
@@ -44,12 +50,6 @@ class NotFound(KvfoldError):
     """No such model or adapter (404)."""
 
     default_code = "model_not_found"
-
-
-class Conflict(KvfoldError):
-    """In use, or not the expected generation (409, never retried by itself)."""
-
-    default_code = "conflict"
 
 
 class Overloaded(KvfoldError):
@@ -70,8 +70,24 @@ class Internal(KvfoldError):
     default_code = "internal_error"
 
 
-ERRORS: dict[str, type[KvfoldError]] = {
-    kind.__name__: kind
-    for kind in (Refused, TooLong, NotFound, Conflict, Overloaded, Unavailable, Internal)
+class ErrorFields(NamedTuple):
+    """What is left of an error when it has crossed the process boundary."""
+
+    kind: str
+    """Name of its class."""
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def rebuild(self) -> KvfoldError:
+        """The error, `Internal` where its class is none of those above."""
+        kind = _KINDS.get(self.kind, Internal)
+        return kind(
+            self.message, param=self.param, code=self.code, retry_after_s=self.retry_after_s
+        )
+
+
+_KINDS: dict[str, type[KvfoldError]] = {
+    kind.__name__: kind for kind in (Refused, TooLong, NotFound, Overloaded, Unavailable, Internal)
 }
-"""Class name to class, for rebuilding an error that crossed the process boundary."""

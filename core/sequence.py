@@ -8,6 +8,8 @@ continuations. `Output` is what one step tells the API process about one sequenc
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .errors import ErrorFields
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -92,7 +94,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     """Owned by the cache: page i holds tokens [i * page_size, (i + 1) * page_size)."""
     page_keys: list[bytes] = field(default_factory=list)
-    """Owned by the cache: chained hashes of the full pages known so far."""
+    """Owned by the cache: chained hashes of full pages, each computed once and kept for ever."""
+    n_published: int = 0
+    """Owned by the cache: leading pages that others may hit."""
     row: int = -1
     """Row of per-sequence cache state, where a backend keeps some."""
     generation: bytes = b""
@@ -157,5 +161,5 @@ class Output:
     scheduled_at: float | None = None
     """Monotonic seconds at which the request was first given work; for queue-time metrics."""
     n_preempted: int = 0
-    error: tuple[str, str, str | None, str | None] | None = None
-    """With FinishReason.ERROR: class name (`core.errors`), message, param, code."""
+    error: ErrorFields | None = None
+    """What happened, with FinishReason.ERROR."""

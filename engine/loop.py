@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ..core import registry
 from ..core.config import Config
-from ..core.errors import Internal, KvfoldError
+from ..core.errors import ErrorFields, Internal, KvfoldError
 from ..core.report import EngineInfo, EngineStats
 from ..core.sequence import FinishReason, Output, Request
 
@@ -74,12 +74,9 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """Up, at most once and last: why the engine ends. The fields of a `KvfoldError`."""
+    """Up, at most once and last: why the engine ends."""
 
-    kind: str
-    message: str
-    param: str | None = None
-    code: str | None = None
+    error: ErrorFields
 
 
 Command = Add | Abort | Ping | Stop
@@ -142,7 +139,7 @@ def serve(config: Config, engine: str, channel: Channel) -> None:
     except Exception as error:
         told = _told(error, "the engine stopped")
         with suppress(ChannelClosed):
-            channel.send(Fatal(type(told).__name__, told.message, told.param, told.code))
+            channel.send(Fatal(told.fields))
 
 
 def run(engine: Engine, channel: Channel) -> None:
@@ -189,8 +186,7 @@ def run(engine: Engine, channel: Channel) -> None:
 
 def error_output(request_id: str, index: int, error: KvfoldError) -> Output:
     """The last output of a sequence that an error ended."""
-    fields = (type(error).__name__, error.message, error.param, error.code)
-    return Output(id=request_id, index=index, finish=FinishReason.ERROR, error=fields)
+    return Output(id=request_id, index=index, finish=FinishReason.ERROR, error=error.fields)
 
 
 def _add(engine: Engine, request: Request) -> list[Output]:

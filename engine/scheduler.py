@@ -129,11 +129,9 @@ class Scheduler:
         while self._waiting and budget and len(self._running) < self._settings.max_sequences:
             seq = self._waiting[0][1]
             found = self._cache.attach(seq)
-            # Room for the whole prompt, not only for its first chunk: a prompt that runs out of
-            # pages half-way would preempt its neighbours, or itself, for nothing.
-            fits = seq.n_uncomputed <= self._cache.n_free_tokens
-            n_planned = min(self._chunk(seq), budget)
-            if not fits or not self._cache.reserve(seq, n_planned):
+            # Pages for the whole prompt, not only for its first chunk: a prompt that ran out of
+            # them half-way would preempt its neighbours, or itself, for nothing.
+            if not self._cache.reserve(seq, seq.n_uncomputed):
                 self._cache.release(seq)
                 seq.n_computed = 0
                 return
@@ -142,6 +140,6 @@ class Scheduler:
                 seq.n_cached = found
                 self.prefix_queries += self._cache.lookup_len(seq)
                 self.prefix_hits += found
-            seq.n_planned = n_planned
-            budget -= n_planned
+            seq.n_planned = min(self._chunk(seq), budget)
+            budget -= seq.n_planned
             self._start(seq)

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Protocol, Self, TypeVar
 
 from ..core.config import Config
-from ..core.errors import ERRORS, Internal, KvfoldError, Overloaded, Unavailable
+from ..core.errors import Internal, KvfoldError, Overloaded, Unavailable
 from ..core.report import EngineInfo, EngineStats
 from ..core.sequence import FinishReason, Output, Request
 from .loop import (
@@ -205,6 +205,8 @@ class _Base(ABC):
             await self._launch()
             return await self._born
         except BaseException:
+            # Nobody waits for it any more, so nobody would retrieve what it ends with.
+            self._born.cancel()
             await self.close()
             raise
 
@@ -319,9 +321,9 @@ class _Base(ABC):
                 if not self._born.done():
                     self._info, self._is_alive = info, True
                     self._born.set_result(info)
-            case Fatal(kind, message, param, code):
-                self._fatal = ERRORS.get(kind, Internal)(message, param=param, code=code)
-                self._reason = self._reason or f"{kind}: {message}"
+            case Fatal(error):
+                self._fatal = error.rebuild()
+                self._reason = self._reason or f"{error.kind}: {error.message}"
 
     def _on_lost(self) -> None:
         """The engine will say nothing more; whatever is left of it is cleared away."""
@@ -362,9 +364,7 @@ class _Base(ABC):
         for opened in self._open.values():
             opened.unfinished.clear()
             # An exception collects the traceback of its raiser: each reader gets its own.
-            opened.waiting.put_nowait(
-                Unavailable(error.message, code=error.code, retry_after_s=error.retry_after_s)
-            )
+            opened.waiting.put_nowait(error.fields.rebuild())
         self._open.clear()
         for pong in self._pongs.values():
             if not pong.done():
@@ -423,10 +423,9 @@ class ProcessWorker(_Base):
         process = self._process
         if process is None:
             return [(self._on_lost, self._stop_s)]
-        return [
-            (lambda: self._send(Stop()), self._stop_s),
-            (process.kill, KILL_S),
-        ]
+        kill = (process.kill, KILL_S)
+        # One that is not ready reads no commands, and has nothing to lose.
+        return [kill] if self._info is None else [(lambda: self._send(Stop()), self._stop_s), kill]
 
     async def _reap(self) -> str:
         if self._transport is not None:

@@ -13,8 +13,6 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ..core.errors import (
-    Conflict,
-    Internal,
     KvfoldError,
     NotFound,
     Overloaded,
@@ -60,11 +58,9 @@ STATUS: dict[type[KvfoldError], int] = {
     Refused: 400,
     Unauthorized: 401,
     NotFound: 404,
-    Conflict: 409,
     Overloaded: 429,
     TimedOut: 504,
     Unavailable: 503,
-    Internal: 500,
     KvfoldError: 500,
 }
 """Class to status; the closest ancestor in the MRO decides."""
@@ -101,8 +97,8 @@ def error_response(error: KvfoldError) -> Response:
     headers = {}
     if status in (429, 503):
         headers["retry-after"] = str(min(60, max(1, round(error.retry_after_s or 1))))
-    if isinstance(error, Conflict | TimedOut):
-        # OpenAI's clients repeat 409 and every 5xx by themselves.
+    if isinstance(error, TimedOut):
+        # OpenAI's clients repeat every 5xx by themselves.
         headers["x-should-retry"] = "false"
     if status in (408, 413) or error.code == "draining":
         # The rest of a refused body is not worth reading, and this server not worth coming back to.
@@ -144,20 +140,17 @@ def _path(parts: tuple[int | str, ...]) -> str:
 def install(app: FastAPI) -> None:
     """Give every failure inside the routes the one shape."""
 
-    async def ours(_: Request, error: Exception) -> Response:
-        return error_response(
-            error if isinstance(error, KvfoldError) else Internal("internal error")
-        )
+    async def ours(_: Request, error: Any) -> Response:
+        return error_response(error)
 
-    async def route(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    async def route(request: Request, error: Any) -> Response:
         told = {
             404: (f"there is no route {request.url.path[:200]}", "unknown_route"),
             405: (f"{request.method} is not allowed on this route", "method_not_allowed"),
         }
+        status = error.status_code
         message, code = told.get(status, ("the request was refused", "invalid_request"))
-        return json_response(error_body(status, message, None, code), status, headers)
+        return json_response(error_body(status, message, None, code), status, error.headers)
 
     app.add_exception_handler(KvfoldError, ours)
     app.add_exception_handler(HTTPException, route)

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.errors import ERRORS, Internal, KvfoldError, Refused, TooLong, Unavailable
+from ..core.errors import Internal, KvfoldError, Refused, TooLong, Unavailable
 from ..core.report import EngineInfo
 from ..core.sequence import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from ..engine.stop_strings import StopStrings
@@ -322,8 +322,7 @@ class Generation:
 
 def _raise_error(output: Output) -> None:
     if output.finish is FinishReason.ERROR:
-        kind, message, param, code = output.error or ("Internal", "generation failed", None, None)
-        raise ERRORS.get(kind, Internal)(message, param=param, code=code)
+        raise Internal("generation failed") if output.error is None else output.error.rebuild()
     if output.finish is FinishReason.ABORT:
         raise Unavailable("the request was aborted by the server", code="aborted")
 

@@ -76,10 +76,18 @@ class Driver:
 def driver(checkpoint: Path) -> Callable[..., Driver]:
     """Build an engine; keyword arguments are scheduler settings, `pages` and `page_size`."""
 
-    def make(pages: int = 200, page_size: int = 16, prefix: bool = True, **settings: Any) -> Driver:
+    def make(
+        pages: int = 200,
+        page_size: int = 16,
+        prefix: bool = True,
+        max_len: int = 256,
+        **settings: Any,
+    ) -> Driver:
         bytes_per_page = 2 * 2 * 2 * 16 * 4 * page_size
         config = Config(
-            model=ModelSettings(path=str(checkpoint), dtype="float32", device="cpu", max_len=256),
+            model=ModelSettings(
+                path=str(checkpoint), dtype="float32", device="cpu", max_len=max_len
+            ),
             cache=CacheSettings(
                 page_size=page_size, memory_bytes=(pages + 1) * bytes_per_page, prefix=prefix
             ),

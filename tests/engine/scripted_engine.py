@@ -8,7 +8,7 @@ import signal
 import threading
 
 from kvfold.core.config import Config
-from kvfold.core.errors import KvfoldError, Refused, TooLong
+from kvfold.core.errors import KvfoldError, Overloaded, Refused, TooLong
 from kvfold.core.report import EngineInfo, EngineStats
 from kvfold.core.sequence import FinishReason, Output, Request
 from kvfold.engine.loop import error_output
@@ -64,6 +64,8 @@ class ScriptedEngine:
         match request.salt:
             case "refused":
                 raise TooLong("1,025 tokens, and the context holds 1,024", param="max_tokens")
+            case "crowded":
+                raise Overloaded("the queue is full", retry_after_s=7.0)
             case "unqueueable":
                 self._progress[request.id] = request, 0
                 raise RuntimeError("half queued")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvfold.cache.prefix import PrefixIndex
 from kvfold.core.errors import NotFound, Overloaded, Refused, TooLong
 from kvfold.core.faults import InjectedFault, arm
 from kvfold.core.sequence import FinishReason, Request, SamplingParams
@@ -182,6 +183,41 @@ def test_a_prompt_can_be_scored_without_generating(driver: Callable):
     (output,) = one.outputs["r", 0]
     assert (output.tokens, output.finish) == ((), FinishReason.LENGTH)
     assert len(output.prompt_logprobs) == 3
+
+
+def test_a_prompt_starts_only_where_it_can_be_finished(driver: Callable):
+    # Scored prompts take turns of 256 tokens, so that several can be half-way at once.
+    one = driver(pages=48, max_len=512, max_tokens=512)
+    for name in "ab":
+        one.add(name, list(range(3, 93)) * 5, prompt_logprobs=0, max_tokens=2)
+    one.run()
+    assert one.engine.stats().n_preempted == 0
+    assert one.tokens("a") == one.tokens("b")
+
+
+def test_a_blocked_head_hashes_its_prompt_once(driver: Callable, monkeypatch: pytest.MonkeyPatch):
+    n_hashed = 0
+
+    def extend(key: bytes, tokens: list[int]) -> bytes:
+        nonlocal n_hashed
+        n_hashed += 1
+        return hashed(key, tokens)
+
+    hashed = PrefixIndex.extend
+    monkeypatch.setattr(PrefixIndex, "extend", staticmethod(extend))
+    one = driver(pages=16)
+    shared = list(range(3, 83))
+    one.add("before", shared, max_tokens=1)
+    one.run()
+    one.add("runs", list(range(96, 21, -1)) * 2, max_tokens=60)
+    one.step()
+    n_before = n_hashed
+    one.add("head", shared + list(range(40, 97)), max_tokens=1)
+    for _ in range(20):
+        one.step()
+        assert one.engine.stats().n_waiting == 1
+    # Of the head five pages that are found and one that is not; of the other what it completed.
+    assert n_hashed - n_before == 6 + (150 + 20) // 16 - 150 // 16
 
 
 def test_a_scored_prompt_survives_preemption(driver: Callable):

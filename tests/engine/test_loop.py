@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from kvfold.core.config import Config, ModelSettings
-from kvfold.core.errors import Internal
+from kvfold.core.errors import Internal, KvfoldError, Refused
 from kvfold.core.sequence import FinishReason, Request, SamplingParams
 from kvfold.engine.loop import (
     Abort,
@@ -143,29 +143,21 @@ def test_serve_reports_ready_first_and_then_runs() -> None:
 @pytest.mark.parametrize(
     ("path", "fatal"),
     [
-        ("refused", Fatal("Refused", "no such backend", "cache", "unknown_backend")),
-        (
-            "broken",
-            Fatal(
-                "Internal",
-                "the engine stopped: RuntimeError: the weights are torn",
-                None,
-                "internal_error",
-            ),
-        ),
+        ("refused", Refused("no such backend", param="cache", code="unknown_backend")),
+        ("broken", Internal("the engine stopped: RuntimeError: the weights are torn")),
     ],
 )
-def test_serve_reports_why_it_ends(path: str, fatal: Fatal) -> None:
+def test_serve_reports_why_it_ends(path: str, fatal: KvfoldError) -> None:
     script = Script()
     serve(Config(model=ModelSettings(path=path)), ENGINE, script)
-    assert script.reports == [fatal]
+    assert script.reports == [Fatal(fatal.fields)]
 
 
 def test_serve_reports_a_leak() -> None:
     script = Script([add("a", "leaks")])
     serve(Config(), ENGINE, script)
     assert isinstance(script.reports[-1], Fatal)
-    assert "1 page of 8 is held by nobody" in script.reports[-1].message
+    assert "1 page of 8 is held by nobody" in script.reports[-1].error.message
 
 
 def test_serve_ends_quietly_when_nobody_is_left() -> None:
@@ -178,4 +170,4 @@ def test_serve_refuses_an_engine_that_does_not_exist() -> None:
     script = Script()
     serve(Config(), "nowhere", script)
     assert isinstance(script.reports[0], Fatal)
-    assert script.reports[0].code == "unknown_engine"
+    assert script.reports[0].error.code == "unknown_engine"

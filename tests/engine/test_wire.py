@@ -5,6 +5,7 @@ import struct
 
 import msgspec
 import pytest
+from kvfold.core.errors import Overloaded, Refused
 from kvfold.core.report import EngineInfo, EngineStats
 from kvfold.core.sequence import FinishReason, Output, Request, SamplingParams, TokenLogprobs
 from kvfold.engine import wire
@@ -33,7 +34,7 @@ OUTPUT = Output(
     prompt_logprobs=(None, SCORED),
     finish=FinishReason.ERROR,
     stop_token=4,
-    error=("TooLong", "too long", None, "context_length_exceeded"),
+    error=Overloaded("full", param="n", retry_after_s=2.5).fields,
 )
 INFO = EngineInfo(
     architecture="Llama",
@@ -59,7 +60,7 @@ REPORTS: list[Report] = [
     Step((OUTPUT, Output(id="b")), EngineStats(kv_bytes={"pages": 3}, kv_usage=0.25)),
     Step((), EngineStats()),
     Pong(7),
-    Fatal("Refused", "no", "model", None),
+    Fatal(Refused("no", param="model").fields),
 ]
 
 
@@ -142,4 +143,4 @@ def test_what_cannot_cross_is_refused_by_the_sender(monkeypatch: pytest.MonkeyPa
 
 def test_an_ill_typed_record_does_not_arrive() -> None:
     with pytest.raises(wire.ProtocolError, match="ill-typed"):
-        wire.cross(Add(Request(id=7, prompt=(1,), sampling=REQUEST.sampling)))  # type: ignore[arg-type]
+        wire.cross(Add(Request(id=7, prompt=(1,), sampling=REQUEST.sampling)))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, suppress
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,7 @@ async def test_abort_ends_the_iteration_with_abort(worker: Worker) -> None:
                 "1,025 tokens, and the context holds 1,024",
                 "max_tokens",
                 "context_length_exceeded",
+                None,
             ),
         ),
         (
@@ -241,12 +243,17 @@ async def test_abort_ends_the_iteration_with_abort(worker: Worker) -> None:
                 "the request could not be queued: RuntimeError: half queued",
                 None,
                 "internal_error",
+                None,
             ),
+        ),
+        (
+            "crowded",
+            ("Overloaded", "the queue is full", None, "queue_full", 7.0),
         ),
     ],
 )
 async def test_what_one_request_is_refused_with_concerns_nobody_else(
-    worker: Worker, does: str, error: tuple[str, ...]
+    worker: Worker, does: str, error: tuple[object, ...]
 ) -> None:
     bystander = worker.submit(request("bystander", max_tokens=100))
     by_index = await collect(worker.submit(request("a", does, n=2)))
@@ -385,14 +392,35 @@ async def test_a_child_that_dies_while_starting_is_reported(path: str, last_word
         await asyncio.wait_for(worker.start(), PATIENCE_S)
 
 
-async def test_a_cancelled_start_leaves_no_child() -> None:
-    worker = ProcessWorker(Config(model=ModelSettings(path="gated")), engine=ENGINE, stop_s=0.1)
+async def test_a_child_that_cannot_be_spawned_is_raised_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(process: SpawnProcess) -> None:
+        raise OSError("no memory for a child")
+
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    monkeypatch.setattr(SpawnProcess, "start", refuse)
+    worker = process_worker(Config())
+    with pytest.raises(OSError, match="no memory"):
+        await worker.start()
+    assert await died(worker) == "closed"
+    del worker
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_a_cancelled_start_kills_the_child_at_once() -> None:
+    # One that still loads reads no commands: waiting for it to obey would be the whole patience.
+    config = Config(model=ModelSettings(path="gated"))
+    worker = ProcessWorker(config, engine=ENGINE, stop_s=2 * PATIENCE_S)
     starting = asyncio.ensure_future(worker.start())
     while worker.pid is None:
         await asyncio.sleep(0)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await starting
+        await asyncio.wait_for(starting, PATIENCE_S)
     assert worker.pid is None
 
 

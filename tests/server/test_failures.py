@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 import pytest
+from kvfold.core.errors import ErrorFields
 from kvfold.core.sequence import FinishReason, Output, Request
 
 from .scripted import TEXT, Reply, config, output, say, serving
@@ -14,13 +15,14 @@ CHAT = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def failing(n_before: int, kind: str = "Internal", code: str = "boom") -> object:
+def failing(
+    n_before: int, kind: str = "Internal", code: str = "boom", retry_after_s: float | None = None
+) -> object:
     async def script(request: Request) -> AsyncGenerator[tuple[Output, ...]]:
         for _ in range(n_before):
             yield (output(request, TEXT.encode("a")),)
-        yield (
-            Output(id=request.id, finish=FinishReason.ERROR, error=(kind, "it broke", None, code)),
-        )
+        error = ErrorFields(kind, "it broke", None, code, retry_after_s)
+        yield (Output(id=request.id, finish=FinishReason.ERROR, error=error),)
 
     return script
 
@@ -39,6 +41,12 @@ async def test_error_before_the_first_byte_is_the_status(
         assert reply.error["code"] == "boom"
         assert reply.error["message"] == "it broke"
         assert ("retry-after" in reply.headers) == (status in (429, 503))
+
+
+async def test_the_engine_says_when_to_come_back() -> None:
+    async with serving(failing(0, "Overloaded", retry_after_s=7.0)) as client:
+        reply = await client.post(PATH, {"prompt": "x"})
+        assert (reply.status, reply.headers["retry-after"]) == (429, "7")
 
 
 @pytest.mark.parametrize("path", [PATH, CHAT])

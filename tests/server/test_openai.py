@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 import openai
 import pytest
 import uvicorn
+from kvfold.core.errors import ErrorFields
 from kvfold.core.sequence import FinishReason, Output, Request
 from kvfold.server.app import create_app
 from kvfold.server.protocol import GuardedProtocol
@@ -33,7 +34,11 @@ async def fail(
 ) -> AsyncGenerator[tuple[Output, ...]]:
     if said:
         yield (Output(id=request.id, tokens=tuple(said)),)
-    yield (Output(id=request.id, finish=FinishReason.ERROR, error=(kind, "told", None, "told")),)
+    yield (
+        Output(
+            id=request.id, finish=FinishReason.ERROR, error=ErrorFields(kind, "told", None, "told")
+        ),
+    )
 
 
 class Server(uvicorn.Server):
@@ -43,7 +48,7 @@ class Server(uvicorn.Server):
         super().__init__(settings)
         self.listens = threading.Event()
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[object] | None = None) -> None:
         await super().startup()
         self.listens.set()
 
