@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -67,6 +68,15 @@ class Api:
     def fingerprint(self) -> str:
         """What `system_fingerprint` says: our version and the model's identity."""
         return f"kvfold-{__version__}-{self.info.identity[:12]}"
+
+    def head(self, prefix: str, kind: str, model: str | None) -> dict[str, Any]:
+        """How the object `kind` of a reply begins, and each object of a streamed one."""
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model or self.served_names[0],
+        }
 
     async def admit(self, request: Request, kind: type[B]) -> B:
         """Take a place, then read the body: shedding costs neither JSON nor tokenizer.

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions."""
 
-import time
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,7 +10,7 @@ from ..core.sequence import TokenLogprobs
 from .api import Api, finite
 from .errors import json_response
 from .generation import Choice, Generation
-from .schemas import ChatBody, StreamOptions, TemplateFields
+from .schemas import NO_USAGE, ChatBody, TemplateFields
 from .stream import DONE, EventStream, event
 
 
@@ -35,7 +33,7 @@ def routes(api: Api) -> APIRouter:
         )
         reply = _Reply(api, body, generation)
         if body.stream:
-            return EventStream(reply.events(body.stream_options), api.ping_s)
+            return EventStream(reply.events(), api.ping_s)
         await generation.collect()
         return json_response(reply.whole())
 
@@ -64,20 +62,12 @@ class _Reply:
         self._api = api
         self._body = body
         self._generation = generation
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._body.model or self._api.served_names[0],
-        }
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._head = api.head("chatcmpl", kind, body.model)
 
     def whole(self) -> dict[str, Any]:
         """The reply that is not streamed."""
-        reply = self._head("chat.completion") | {
+        reply = self._head | {
             "system_fingerprint": self._api.fingerprint,
             "choices": [
                 {
@@ -96,18 +86,17 @@ class _Reply:
             reply["prompt_logprobs"] = self._api.prompt_logprobs(scored)
         return reply
 
-    async def events(self, options: StreamOptions | None) -> AsyncGenerator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The reply as a stream: roles with the first step, then what each step brought."""
-        has_usage = options is not None and options.include_usage
-        runs_usage = options is not None and options.continuous_usage_stats
-        head = self._head("chat.completion.chunk")
+        options = self._body.stream_options or NO_USAGE
+        has_usage, runs_usage = options.include_usage, options.continuous_usage_stats
 
         def chunk(choices: list[dict[str, Any]], **more: Any) -> bytes:
             if runs_usage:
                 more["usage"] = self._generation.usage()
             elif has_usage:
                 more.setdefault("usage", None)
-            return event(head | {"choices": choices} | more)
+            return event(self._head | {"choices": choices} | more)
 
         is_first = True
         async for pieces in self._generation.steps():

@@ -27,7 +27,7 @@ _SETTINGS: dict[str, Any] = {
 }
 """Type of every setting, by section and name."""
 _COUNTS = (int, int | None)
-_SECRET = "server.api_keys"  # noqa: S105
+_HIDDEN = "server.api_keys"
 
 app = typer.Typer(
     add_completion=False,
@@ -275,7 +275,7 @@ def _read_file(path: Path | None) -> dict[str, Any]:
 
 def flags() -> dict[str, str]:
     """The setting behind each flag of `serve`, by the flag's long name."""
-    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    command = typer.main.get_group(app).commands["serve"]
     return {
         option.removeprefix("--"): setting
         for parameter in command.params
@@ -302,7 +302,7 @@ def resolve(settings: Mapping[str, Any]) -> Config:
             except typer.BadParameter as invalid:
                 raise Refused(f"{setting}: {invalid.message}") from None
             except ValidationError as invalid:
-                shown = "wrong" if setting == _SECRET else repr(value)
+                shown = "wrong" if setting == _HIDDEN else repr(value)
                 raise Refused(f"{setting} is {shown}: {invalid.errors()[0]['msg']}") from None
         sections.setdefault(section, {})[name] = value
     return Config.from_dict(sections)
@@ -313,5 +313,5 @@ def _show(config: Config, sources: Mapping[str, str]) -> None:
     for setting in _SETTINGS:
         section, name = setting.split(".")
         value = getattr(getattr(config, section), name)
-        shown = f"<{len(value)} hidden>" if setting == _SECRET and value else json.dumps(value)
+        shown = f"<{len(value)} hidden>" if setting == _HIDDEN and value else json.dumps(value)
         typer.echo(f"{setting:28} {shown:32} {sources.get(setting, 'default')}")

@@ -1,7 +1,5 @@
 """POST /v1/completions."""
 
-import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ from ..engine.text import Text
 from .api import Api, finite
 from .errors import json_response
 from .generation import PROMPT_TAIL, Choice, Generation
-from .schemas import CompletionBody, StreamOptions
+from .schemas import NO_USAGE, CompletionBody
 from .stream import DONE, EventStream, event
 
 DEFAULT_MAX_TOKENS = 16
@@ -42,7 +40,7 @@ def routes(api: Api) -> APIRouter:
         )
         reply = _Reply(api, body, generation)
         if body.stream:
-            return EventStream(reply.events(body.stream_options), api.ping_s)
+            return EventStream(reply.events(), api.ping_s)
         await generation.collect()
         return json_response(reply.whole())
 
@@ -75,12 +73,7 @@ class _Reply:
             )
             for choice in (generation.choices if body.logprobs is not None else ())
         ]
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": body.model or api.served_names[0],
-        }
+        self._head = api.head("cmpl", "text_completion", body.model)
 
     def whole(self) -> dict[str, Any]:
         """The reply that is not streamed."""
@@ -98,10 +91,10 @@ class _Reply:
             "usage": self._generation.usage(),
         }
 
-    async def events(self, options: StreamOptions | None) -> AsyncGenerator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The reply as a stream: what one step brought is one item."""
-        has_usage = options is not None and options.include_usage
-        runs_usage = options is not None and options.continuous_usage_stats
+        options = self._body.stream_options or NO_USAGE
+        has_usage, runs_usage = options.include_usage, options.continuous_usage_stats
         begun: set[int] = set()
         async for pieces in self._generation.steps():
             parts = []

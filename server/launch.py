@@ -115,7 +115,10 @@ async def _serve(
         if serving.done():
             return 1
         if not failing.done():
-            await _drain(supervisor, api, config.server.drain_s)
+            if starting.done():
+                await _drain(supervisor, api, config.server.drain_s)
+            else:
+                _log.info("stopped before the model was loaded")
             return 0
         _log.critical("giving up: %s", (await failing).message)
         return CRASH_LOOP

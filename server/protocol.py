@@ -3,7 +3,6 @@
 Without them a 32 MB header is parsed to its end, and half a header is kept open for ever.
 """
 
-import asyncio
 from asyncio.events import TimerHandle
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +31,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_refused = False
         self._timer: TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:
         """Bound the wait for the first byte."""
         super().connection_made(transport)
         self._arm(IDLE_TIMEOUT_S, transport.close)

@@ -89,6 +89,10 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+NO_USAGE = StreamOptions(include_usage=False)
+"""What a stream gets that asks for nothing."""
+
+
 class Body(BaseModel):
     """A JSON object; the keys that it does not declare are sorted out in `parse`."""
 
@@ -205,7 +209,7 @@ class CompletionBody(Sampling):
 class TextPart(BaseModel):
     """A part of a message."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text"]
     text: str
@@ -217,7 +221,8 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | None = None
+    content: list[TextPart] = Field(default_factory=list)
+    """Always parts here; plain text becomes a part, and null none."""
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_calls: Any = None
@@ -225,10 +230,12 @@ class Message(BaseModel):
 
     @field_validator("content", mode="before")
     @classmethod
-    def _parts_are_joined(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        return "".join(TextPart.model_validate(part).text for part in value)
+    def _text_is_a_part(cls, value: object) -> object:
+        if isinstance(value, str):
+            return [TextPart(type="text", text=value)]
+        if isinstance(value, list | None):
+            return value or []
+        raise ValueError("must be a string or a list of text parts")
 
     @field_validator("tool_calls", "function_call")
     @classmethod
@@ -243,12 +250,12 @@ class Message(BaseModel):
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it."""
-        known = {"role", "content", "name", "tool_call_id"}
-        message = self.model_dump(exclude_none=True, include=known)
-        message.setdefault("content", "")
-        # OpenAI's newer name for the role that templates call system.
-        message["role"] = "system" if self.role == "developer" else self.role
-        return message
+        return {
+            # OpenAI's newer name for the role that templates call system.
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "".join(part.text for part in self.content),
+            **self.model_dump(exclude_none=True, include={"name", "tool_call_id"}),
+        }
 
 
 class TemplateFields(BaseModel):
@@ -361,10 +368,12 @@ def parse(kind: type[B], values: dict[str, Any], strict: bool) -> tuple[B, list[
 def _inner(body: Body) -> Iterator[str]:
     """The keys that nobody knows inside of those that we do."""
     options = body.stream_options if isinstance(body, Sampling) else None
-    messages = body.messages if isinstance(body, TemplateFields) else []
-    parts = [("stream_options", options), *(("messages", message) for message in messages)]
-    for name, part in parts:
-        for key, value in ((part and part.model_extra) or {}).items():
+    inner: list[tuple[str, BaseModel | None]] = [("stream_options", options)]
+    for message in body.messages if isinstance(body, TemplateFields) else ():
+        inner.append(("messages", message))
+        inner += (("messages.content", part) for part in message.content)
+    for name, model in inner:
+        for key, value in ((model and model.model_extra) or {}).items():
             if value not in (None, []):
                 yield f"{name}.{key}"
 

@@ -54,14 +54,14 @@ def shown(*arguments: str, env: dict[str, str] | None = None) -> dict[str, tuple
     result = serve("--dry-run", *arguments, env=env)
     assert result.exit_code == 0, result.output
     lines = [line.split(maxsplit=1) for line in result.output.splitlines()]
-    return {name: tuple(rest.rsplit("  ", 1)) for name, rest in lines}  # type: ignore[misc]
+    return {name: tuple(rest.rsplit("  ", 1)) for name, rest in lines}
 
 
 def test_flags_and_settings_are_in_step() -> None:
     settings = {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
-        for field in dataclasses.fields(section.default_factory)  # type: ignore[arg-type]
+        for field in dataclasses.fields(section.default_factory)
     }
     assert settings == set(FLAGS)
     by_flag = cli.flags()

@@ -24,7 +24,7 @@ class Stage:
     """A server under test: run it, talk to it, signal it."""
 
     def __init__(self, script: object = None, **server: object) -> None:
-        self.worker = ScriptedWorker(script)  # type: ignore[arg-type]
+        self.worker = ScriptedWorker(script)
         self.settings = config(port=0, **server)
         self.supervisor = Supervisor(lambda: self.worker)
         self.app = create_app(self.settings, self.supervisor, TEXT)
@@ -112,9 +112,35 @@ async def test_engine_that_refuses_to_start_is_the_reason() -> None:
         raise Refused("no such dtype")
 
     stage = Stage()
-    stage.worker.start = refuse  # type: ignore[method-assign,assignment]
+    stage.worker.start = refuse
     with pytest.raises(Refused, match="no such dtype"):
         await stage.start()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_while_the_model_is_loaded_ends_the_load(
+    sent: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    stage = Stage()
+    loading, ended = asyncio.Event(), asyncio.Event()
+
+    async def load() -> None:
+        loading.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    stage.worker.start = load
+    running = stage.start()
+    await loading.wait()
+    os.kill(os.getpid(), sent)
+    assert await running == 0
+    assert ended.is_set()
+    assert stage.worker.dead.is_set()
+    assert "stopped before the model was loaded" in caplog.messages
+    assert "draining" not in caplog.text
 
 
 async def test_introduction_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ class Quiet(uvicorn.Server):
         super().__init__(settings)
         self.listens = asyncio.Event()
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[object] | None = None) -> None:
         await super().startup()
         self.listens.set()
 

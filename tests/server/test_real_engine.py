@@ -36,7 +36,7 @@ async def demo() -> AsyncIterator[Client]:
     app = create_app(settings, supervisor, Text.load(str(model_dir())))
     async with app.router.lifespan_context(app):
         await supervisor.ready()
-        yield Client(app, worker, supervisor)  # type: ignore[arg-type]
+        yield Client(app, worker, supervisor)
 
 
 def scrape(client: Client) -> dict[str, float]:

@@ -70,6 +70,13 @@ OWN: list[tuple[str, str, Any, str]] = [
     (CHAT, "messages", "hi", "list"),
     (CHAT, "messages[0].role", [{"role": "robot", "content": "x"}], "assistant"),
     (CHAT, "messages[0].content", [{"role": "user", "content": 5}], "string"),
+    (CHAT, "messages[0].content", [{"role": "user", "content": ["x"]}], "valid"),
+    (
+        CHAT,
+        "messages[0].content[0].type",
+        [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}],
+        "text",
+    ),
     (CHAT, "chat_template_kwargs.a", {"a": [1]}, "valid"),
 ]
 
@@ -157,15 +164,20 @@ async def test_unknown_keys_are_named_and_refused_when_strict() -> None:
 
 async def test_unknown_keys_inside_are_named_too() -> None:
     said = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "zeta": 1}
-    body = {"messages": [*MESSAGES, said], "stream": True, "stream_options": {"eta": 1}}
+    part = {"type": "text", "text": "x", "theta": 1, "cache_control": {"type": "ephemeral"}}
+    parts = {"role": "user", "content": [{"type": "text", "text": "y", "iota": None}, part]}
+    body = {"messages": [*MESSAGES, said, parts], "stream": True, "stream_options": {"eta": 1}}
     async with serving() as client:
         reply = await client.post(CHAT, body)
-        named = "messages.zeta,stream_options.eta"
+        inside = "messages.content.cache_control,messages.content.theta,messages.zeta"
+        named = f"{inside},stream_options.eta"
         assert (reply.status, reply.headers["x-kvfold-ignored-params"]) == (200, named)
-        assert "zeta" not in TEXT.decode(client.worker.requests[0].prompt)
+        said = TEXT.decode(client.worker.requests[0].prompt)
+        assert said == "[user]hi[assistant]x[user]yx[assistant]"
     async with serving(settings=config(strict_params=True)) as client:
         reply = await client.post(CHAT, body)
-        assert (reply.status, reply.error["param"]) == (400, "messages.zeta")
+        param = "messages.content.cache_control"
+        assert (reply.status, reply.error["param"]) == (400, param)
 
 
 @pytest.mark.parametrize(
