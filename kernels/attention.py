@@ -427,18 +427,19 @@ def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
     """
     n, kv_heads, group, _ = rows.shape
     least = max(_LEAST_MATRICES, -(-_LEAST_PRODUCT // (group * pages.shape[2] * pages.shape[3])))
-    if n * kv_heads < least:
-        times = -(-least // (n * kv_heads))
-        rows, pages = rows.repeat(times, 1, 1, 1), pages.repeat(times, 1, 1, 1)
     blocks = []
     at = 0
-    for size in _common_sizes(len(rows)):
-        matrices = pages[at : at + size].flatten(0, 1)
-        factors = rows[at : at + size].flatten(0, 1)
-        blocks.append(torch.bmm(factors, matrices.mT if transposed else matrices))
+    for size in _common_sizes(n):
+        left, right = rows[at : at + size], pages[at : at + size]
         at += size
+        if size * kv_heads < least:
+            times = -(-least // (size * kv_heads))
+            left, right = left.repeat(times, 1, 1, 1), right.repeat(times, 1, 1, 1)
+        matrices = right.flatten(0, 1)
+        product = torch.bmm(left.flatten(0, 1), matrices.mT if transposed else matrices)
+        blocks.append(product[: size * kv_heads])
     product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-    return product.view(-1, kv_heads, group, product.shape[2])[:n]
+    return product.view(n, kv_heads, group, product.shape[2])
 
 
 def _common_sizes(n: int) -> Iterator[int]:

@@ -131,12 +131,18 @@ def test_a_sequence_depends_on_itself_alone(
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_single_page_is_multiplied_like_many() -> None:
+@pytest.mark.parametrize("n", [7, 9, 11, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 7, 64, 64), (3, 2, 64, 8)], ids=str)
+def test_a_single_page_is_multiplied_like_many(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, n: int
+) -> None:
     """With two threads torch sums a lone float32 matrix of seven rows differently."""
-    case = paged((1, 7, 64, 64), torch.float32, (64,) * 7)
-    together = case.decode(range(7))
-    for s in range(7):
-        assert torch.equal(case.decode([s])[0], together[s])
+    case = paged(shape, dtype, (shape[3],) * n)
+    for token_bytes in FORMS:
+        together = case.decode(range(n), token_bytes=token_bytes)
+        for s in range(n):
+            assert torch.equal(case.decode([s])[0], together[s])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
