@@ -72,20 +72,18 @@ class PagePool:
 
     def check(self, held: Iterable[Iterable[int]]) -> None:
         """Prove the ledger: every page is free, idle, or read as often as `held` lists it."""
-        readers = [0] * self.n_pages
-        for pages in held:
-            for page in pages:
-                readers[page] += 1
-        free, idle = set(self._free), set(self._idle)
-        assert len(free) == len(self._free), "a page is free twice"
-        wrong = [
-            (page, self._readers[page], readers[page], page in free, page in idle)
-            for page in range(self.n_pages)
-            if self._readers[page] != readers[page]
-            or (page in free) + (page in idle) + (readers[page] > 0) != (page > 0)
-        ]
-        assert not wrong, (
-            f"page ledger (page, readers counted, readers found, free, idle): {wrong[:8]}"
+        listed = np.fromiter((page for pages in held for page in pages), dtype=np.int64)
+        found = np.bincount(listed, minlength=self.n_pages)
+        counted = np.array(self._readers)
+        free, idle = (np.zeros(self.n_pages, dtype=np.int64) for _ in range(2))
+        np.add.at(free, self._free, 1)
+        idle[list(self._idle)] = 1
+        states = free + idle + (found > 0)
+        states[0] += 1
+        wrong = np.flatnonzero((found != counted) | (states != 1))
+        assert not len(wrong), (
+            "page ledger (page, readers counted, readers found, free, idle): "
+            f"{[(int(i), *(int(x[i]) for x in (counted, found, free, idle))) for i in wrong[:8]]}"
         )
 
 

@@ -4,6 +4,7 @@ Commands are applied between steps and in the order they were sent, so nothing h
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ log = logging.getLogger(__name__)
 
 ENGINE = ".engine:Engine"
 """What `serve` builds unless it is told otherwise; relative to this folder."""
+
+CHECK_EVERY_S = 60.0
+"""Between two proofs that an idle engine holds nothing: one takes 5 ms for 65,000 pages."""
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -149,6 +153,7 @@ def run(engine: Engine, channel: Channel) -> None:
     a row is raised, as `Internal`.
     """
     failed_steps = 0
+    check_at = 0.0
     while True:
         outputs: list[Output] = []
         is_changed = False
@@ -180,8 +185,9 @@ def run(engine: Engine, channel: Channel) -> None:
             channel.send(Step(tuple(outputs), engine.stats()))
         if fatal is not None:
             raise Internal(f"two steps in a row failed; the last one: {fatal.message}")
-        if is_changed and not engine.has_work:
+        if is_changed and not engine.has_work and time.monotonic() >= check_at:
             engine.check()
+            check_at = time.monotonic() + CHECK_EVERY_S
 
 
 def error_output(request_id: str, index: int, error: KvfoldError) -> Output:
