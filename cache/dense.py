@@ -71,13 +71,7 @@ class DenseCache(KVCache):
                 "drop it or choose another --kv-cache",
                 param="kv-cache-config",
             )
-        config = DenseConfig(**options)
-        if not isinstance(config.prefix, bool):
-            raise Refused(
-                f"--kv-cache-config.prefix is {config.prefix!r}; it must be true or false",
-                param="kv-cache-config",
-            )
-        return config
+        return DenseConfig(**options)
 
     @classmethod
     def exact(cls, config: DenseConfig) -> DenseConfig:

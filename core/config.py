@@ -53,7 +53,9 @@ class SchedulerSettings:
     max_sequences: int = _text(64, "sequences that run at the same time")
     max_tokens: int = _text(2048, "tokens that one step computes; longer prompts are chunked")
     policy: str = _text("fcfs", "fcfs or priority")
-    max_queued: int = _text(1024, "requests that may wait; more are answered 429")
+    max_queued: int = _text(
+        1024, "sequences that may wait beside those that run; more are answered 429"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +158,11 @@ class Config:
                 f"--max-num-batched-tokens ({self.scheduler.max_tokens}) is below --max-num-seqs "
                 f"({self.scheduler.max_sequences}): a step could not give every running sequence "
                 "one token; raise the first or lower the second"
+            )
+        if "prefix" in self.cache.options:
+            raise Refused(
+                "--kv-cache-config.prefix: no backend decides that; say --enable-prefix-caching or "
+                "--no-enable-prefix-caching"
             )
         if self.cache.page_size % 8:
             raise Refused(f"--block-size is {self.cache.page_size}; it must be a multiple of 8")

@@ -20,7 +20,8 @@ def resolve(
     `package` is the package that relative entries belong to (`kvfold.cache`); `what` names the kind
     of thing in the error. A name with a colon is an out-of-tree `package.module:Attribute`.
 
-    Raises `Refused` with the nearest names when `name` is not registered.
+    Raises `Refused` with the nearest names when `name` is not registered, or with the reason when
+    there is no such module or attribute.
     """
     target = entries.get(name, name if ":" in name else None)
     if target is None:
@@ -32,4 +33,7 @@ def resolve(
             code="unknown_" + what.replace(" ", "_"),
         )
     module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module, package), attribute)
+    try:
+        return getattr(importlib.import_module(module, package), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Refused(f"{what} {name!r} cannot be imported: {error}", param=param) from error

@@ -84,7 +84,7 @@ class Sequence:
     request: Request
     index: int = 0
     tokens: list[int] = field(default_factory=list)
-    """Prompt, then generated."""
+    """Prompt, then generated. Empty in a fork until the step that completes its prompt."""
     n_computed: int = 0
     """Leading tokens whose keys and values are in the cache."""
     n_planned: int = 0

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ..cache.registry import backend
 from ..core import faults
 from ..core.config import Config, resolve
-from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
+from ..core.errors import KvfoldError, NotFound, TooLong
 from ..core.report import EngineInfo, EngineStats
 from ..core.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..demo.where import model_dir
@@ -79,7 +79,6 @@ class Engine:
             identity=spec.identity,
             load_s=time.monotonic() - started,
         )
-        self._max_queued = config.scheduler.max_queued
         self._cache = cache
         self._scheduler = Scheduler(config.scheduler, cache)
         self._runner = Runner(model, cache, config.cache.page_size, device)
@@ -96,10 +95,9 @@ class Engine:
     # Commands; the loop applies them between steps.
 
     def add(self, request: Request) -> None:
-        """Queue a request.
+        """Queue a request; how many there may be is the caller's to say.
 
-        Raises `TooLong` when prompt and wish exceed the context, `NotFound` for an adapter,
-        `Overloaded` when the queue is full.
+        Raises `TooLong` when prompt and wish exceed the context, `NotFound` for an adapter.
         """
         wanted = len(request.prompt) + request.sampling.max_tokens
         if wanted > self.info.max_len or not request.prompt:
@@ -111,20 +109,14 @@ class Engine:
             )
         if request.adapter is not None:
             raise NotFound(f"no adapter {request.adapter!r} is loaded", param="model")
-        if self._scheduler.n_waiting >= self._max_queued:
-            raise Overloaded(
-                f"{self._scheduler.n_waiting} requests are waiting, the limit of "
-                "--max-queued-requests; try again later",
-                retry_after_s=1.0,
-            )
         self._n_requests += 1
-        sequences = [
-            Sequence(request, index, list(request.prompt), order=self._n_requests)
-            for index in range(request.sampling.n)
+        first, *forks = sequences = [
+            Sequence(request, index, order=self._n_requests) for index in range(request.sampling.n)
         ]
-        sequences[0].forks = sequences[1:]
+        first.tokens = list(request.prompt)
+        first.forks = forks
         self._sequences[request.id] = sequences
-        self._scheduler.add(sequences[0])
+        self._scheduler.add(first)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one continuation of it, and release what it holds.
@@ -142,6 +134,7 @@ class Engine:
                         other.forks.remove(seq)
                 if seq.forks:
                     heir, *heir.forks = seq.forks
+                    heir.tokens = list(seq.request.prompt)
                     seq.forks = []
                     self._scheduler.add(heir)
         self._forget_if_over(request_id)
@@ -168,6 +161,11 @@ class Engine:
         for seq in planned:
             if seq.scheduled_at is None:
                 seq.scheduled_at = started
+            if seq.n_planned == seq.n_uncomputed:
+                for fork in seq.forks:
+                    # From here on it draws tokens of its own; a queue of prompts times n would
+                    # hold each prompt n times.
+                    fork.tokens = list(seq.request.prompt)
         faults.hit("engine.step")
         draws = self._runner.run(planned)
         self._n_steps += 1

@@ -141,9 +141,12 @@ def serve(config: Config, engine: str, channel: Channel) -> None:
     except ChannelClosed:
         log.info("the other end is gone; the engine stops")
     except Exception as error:
-        told = _told(error, "the engine stopped")
+        if not isinstance(error, KvfoldError):
+            log.exception("the engine stopped")
+            # Whoever started it is told everything; clients are told of a death, and no more.
+            error = Internal(f"the engine stopped: {type(error).__name__}: {error}")
         with suppress(ChannelClosed):
-            channel.send(Fatal(told.fields))
+            channel.send(Fatal(error.fields))
 
 
 def run(engine: Engine, channel: Channel) -> None:
@@ -212,4 +215,4 @@ def _told(error: Exception, what: str) -> KvfoldError:
     if isinstance(error, KvfoldError):
         return error
     log.exception("%s", what, exc_info=error)
-    return Internal(f"{what}: {type(error).__name__}: {error}")
+    return Internal(f"{what}; the server's log says why")

@@ -2,7 +2,6 @@
 
 import bisect
 import heapq
-from collections.abc import Iterator
 
 from ..cache.base import KVCache
 from ..core.config import SchedulerSettings
@@ -36,13 +35,8 @@ class Scheduler:
         return self._running
 
     @property
-    def waiting(self) -> Iterator[Sequence]:
-        """Sequences that hold nothing yet, or nothing any more; in no order."""
-        return (seq for _, seq in self._waiting)
-
-    @property
     def n_waiting(self) -> int:
-        """Sequences in the queue."""
+        """Sequences that hold nothing yet, or nothing any more."""
         return len(self._waiting)
 
     def _age(self, seq: Sequence) -> tuple[int, int, int]:

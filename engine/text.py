@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from tokenizers import Tokenizer
 
-from ..core.errors import NotFound, Refused
+from ..core.errors import NotFound, Refused, TooLong
 from .chat_template import ChatTemplate
 
 _FILES = ("tokenizer*.json", "special_tokens_map.json", "*config.json", "*.jinja")
@@ -61,6 +61,10 @@ class Text:
         kinds = {part["type"] for part in _flatten(decoder)} if decoder else set()
         self._is_byte_level = "ByteLevel" in kinds
         self._has_byte_tokens = "ByteFallback" in kinds
+        self._longest: int | None = None
+        # Elsewhere one unknown token may stand for any number of characters.
+        if self._is_byte_level or self._has_byte_tokens:
+            self._longest = max(map(len, tokenizer.get_vocab()))
         self._pieces: dict[int, bytes] = {}
         bos = special_tokens.get("bos_token")
         eos = special_tokens.get("eos_token")
@@ -116,17 +120,32 @@ class Text:
         """Known tokens, added ones included; a model's logits may be wider."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text. Raises `Refused` when it is not valid Unicode.
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_len: int | None = None
+    ) -> list[int]:
+        """The ids of a text.
 
         `tokenizer.json` alone says which special tokens are added: transformers ignores the
         `add_bos_token` of other files, too (seen with 5.23).
+
+        Raises `Refused` when the text is not valid Unicode, and `TooLong`, without tokenizing it,
+        when it surely has more than `max_len` tokens.
         """
+        n_least = 0 if self._longest is None else -(-len(text) // self._longest)
+        if max_len is not None and n_least > max_len:
+            raise TooLong(
+                f"This model's maximum context length is {max_len} tokens. However, your prompt "
+                f"has at least {n_least} tokens. Please shorten it."
+            )
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # Of the library's ways the one that lets other threads run meanwhile (tokenizers 0.23).
+            (encoding,) = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
         # A string without UTF-8 is no string to the library.
         except (TypeError, UnicodeEncodeError) as error:
             raise Refused("the text holds a lone surrogate: it is not valid Unicode") from error
+        ids: list[int] = encoding.ids
         return ids
 
     def chat_ids(
@@ -136,6 +155,7 @@ class Text:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
+        max_len: int | None = None,
     ) -> list[int]:
         """The ids of a rendered conversation. The template writes all special tokens itself.
 
@@ -147,7 +167,7 @@ class Text:
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
         )
-        return self.encode(rendered, add_special_tokens=False)
+        return self.encode(rendered, add_special_tokens=False, max_len=max_len)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids; unknown ids are empty."""

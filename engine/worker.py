@@ -339,7 +339,9 @@ class _Base(ABC):
             self._born.set_exception(
                 self._fatal or Internal(f"the engine ended before it was ready: {self._reason}")
             )
-        log.info("the engine has ended: %s", self._reason)
+        else:
+            # What ends it before is raised to whoever started it.
+            log.info("the engine has ended: %s", self._reason)
         self._dead.set()
 
     def _deliver(self, outputs: Sequence[Output]) -> None:

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from .. import __version__
 from ..core.config import Config
-from ..core.errors import KvfoldError, NotFound
+from ..core.errors import KvfoldError, NotFound, Refused
 from ..core.report import EngineInfo
 from ..core.sequence import TokenLogprobs
 from ..engine.text import Text
@@ -91,6 +91,22 @@ class Api:
         exchange_of(request.scope).leases.enter_context(self.admission.enter())
         return await self.read(request, kind)
 
+    def claim(self, request: Request, n_prompts: int, n: int) -> None:
+        """Take the places that an admitted body needs beside its first.
+
+        Raises `Overloaded` while they are taken, `Refused` when there are not so many.
+        """
+        n_places, limit = n_prompts * n, self.admission.limit
+        if n_places > limit:
+            raise Refused(
+                f"{n_places} sequences (prompts: {n_prompts}, continuations of each: {n}) are more "
+                f"than the {limit} that this server holds; ask for fewer or raise "
+                "--max-queued-requests",
+                param="prompt" if n_prompts > 1 else "n",
+            )
+        if n_places > 1:
+            exchange_of(request.scope).leases.enter_context(self.admission.enter(n_places - 1))
+
     async def values(self, request: Request) -> dict[str, Any]:
         """The JSON object that a request carries. Raises `Refused`."""
         media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -139,8 +155,6 @@ class Api:
     ) -> Generation:
         """Prepare the engine's work, owned by the exchange. Raises what `requests_of` raises."""
         exchange = exchange_of(request.scope)
-        if len(prompts) > 1:
-            exchange.leases.enter_context(self.admission.enter(len(prompts) - 1))
         seed = self._seeds.getrandbits(63) if body.seed is None else body.seed
         exchange.response_headers["x-kvfold-seed"] = str(seed)
         wish = Wish(

@@ -22,10 +22,11 @@ def routes(api: Api) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         body = await api.admit(request, ChatBody)
+        api.claim(request, 1, body.n)
         generation = api.generate(
             request,
             body,
-            [await chat_ids(api, body)],
+            [await chat_ids(api, body, api.info.max_len)],
             default_max_tokens=None,
             n=body.n,
             logprobs=body.top_logprobs if body.logprobs else None,
@@ -40,8 +41,8 @@ def routes(api: Api) -> APIRouter:
     return router
 
 
-async def chat_ids(api: Api, body: TemplateFields) -> list[int]:
-    """The prompt that the chat template makes of the messages."""
+async def chat_ids(api: Api, body: TemplateFields, max_len: int | None = None) -> list[int]:
+    """The prompt that the chat template makes of the messages. Raises as `Text.chat_ids` does."""
     messages = [message.for_template() for message in body.messages]
     n_characters = sum(len(message["content"]) for message in messages)
     return await api.think(
@@ -51,6 +52,7 @@ async def chat_ids(api: Api, body: TemplateFields) -> list[int]:
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
+            max_len=max_len,
         ),
     )
 

@@ -11,7 +11,7 @@ from ..engine.text import Text
 from .api import Api, finite
 from .errors import json_response
 from .generation import PROMPT_TAIL, Choice, Generation
-from .schemas import NO_USAGE, CompletionBody
+from .schemas import NO_USAGE, CompletionBody, token_ids
 from .stream import DONE, EventStream, event
 
 DEFAULT_MAX_TOKENS = 16
@@ -26,6 +26,7 @@ def routes(api: Api) -> APIRouter:
         """Continue one or more prompts."""
         body = await api.admit(request, CompletionBody)
         n = body.best_of or body.n
+        api.claim(request, len(body.prompt), n)
         # Choosing the best of many needs the log-probabilities, whether or not they are shown.
         logprobs = 0 if body.logprobs is None and n > body.n else body.logprobs
         scored = body.logprobs if body.echo else None
@@ -48,13 +49,15 @@ def routes(api: Api) -> APIRouter:
 
 
 async def _token_ids(api: Api, body: CompletionBody) -> list[list[int]]:
-    def encode() -> list[list[int]]:
-        return [
-            api.text.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
+    max_len = api.info.max_len
 
-    return await api.think(sum(map(len, body.prompt)), encode)
+    def ids(prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return api.text.encode(prompt, body.add_special_tokens, max_len)
+        # What is too long is refused for that: nobody looks at millions of ids.
+        return prompt if len(prompt) > max_len else token_ids(prompt)
+
+    return await api.think(sum(map(len, body.prompt)), lambda: [ids(p) for p in body.prompt])
 
 
 class _Reply:
@@ -158,10 +161,12 @@ class _Reply:
         }
 
     def _prompt_text(self, choice: Choice) -> str:
-        prompt = self._body.prompt[choice.index // (self._body.best_of or self._body.n)]
-        if isinstance(prompt, str):
+        body = self._body
+        prompt = body.prompt[choice.index // (body.best_of or body.n)]
+        # Offsets are places in what the tokens say: special ones may come or go on the way.
+        if isinstance(prompt, str) and body.logprobs is None:
             return prompt
-        return self._api.text.decode(prompt, skip_special_tokens=self._body.skip_special_tokens)
+        return self._api.text.decode(choice.request.prompt, body.skip_special_tokens)
 
     def _legacy(
         self, choice: Choice, ids: list[int], entries: list[TokenLogprobs | None]

@@ -93,10 +93,6 @@ def _fit(prompt: list[int], asked: int | None, default: int | None, info: Engine
     """Tokens to generate for a prompt that must leave room for them."""
     if not prompt:
         raise Refused("the prompt is empty: it has no tokens", param="prompt")
-    if max(prompt) >= info.vocab_size:
-        raise Refused(
-            f"token id {max(prompt)} is outside the vocabulary of {info.vocab_size}", param="prompt"
-        )
     room = info.max_len - len(prompt)
     wanted = asked
     if wanted is None:
@@ -107,6 +103,10 @@ def _fit(prompt: list[int], asked: int | None, default: int | None, info: Engine
             f"This model's maximum context length is {info.max_len} tokens. However, you requested "
             f"{len(prompt) + wanted} tokens ({len(prompt)} in the prompt, {wanted} to generate). "
             "Please shorten the prompt or lower max_tokens."
+        )
+    if max(prompt) >= info.vocab_size:
+        raise Refused(
+            f"token id {max(prompt)} is outside the vocabulary of {info.vocab_size}", param="prompt"
         )
     return wanted
 

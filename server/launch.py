@@ -132,7 +132,7 @@ async def _serve(
 
 async def _drain(supervisor: Supervisor, api: Api, seconds: float) -> None:
     """Refuse new work on the open socket, and leave what is open that long to finish."""
-    _log.info("draining: %d open requests have %g s to finish", api.admission.n_open, seconds)
+    _log.info("draining: %d open sequences have %g s to finish", api.admission.n_open, seconds)
     supervisor.drain()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(api.admission.idle(), seconds)

@@ -29,7 +29,6 @@ MAX_TOKENS = 2**24
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
 Scalar = str | int | float | bool | None
 
 # Fields that change nothing by definition.
@@ -48,7 +47,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "structured_outputs": (),
     "guided_json": (),
     "guided_regex": (),
-    "guided_choice": ((),),
+    "guided_choice": ([],),
     "guided_grammar": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -80,10 +79,21 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(BaseModel):
-    """What a stream carries besides text."""
+class Inner(BaseModel):
+    """An object inside a body; here, too, a null is not set."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls_are_unset(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None}
+
+
+class StreamOptions(Inner):
+    """What a stream carries besides text."""
 
     include_usage: bool = True
     continuous_usage_stats: bool = False
@@ -143,7 +153,8 @@ class Sampling(Body):
     @classmethod
     def _keys_are_token_ids(cls, value: dict[str, float]) -> dict[str, float]:
         for key in value:
-            if not re.fullmatch(r"\d{1,9}", key, re.ASCII):
+            # One spelling each: two keys for one token would contradict each other.
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", key):
                 raise ValueError(f"keys must be token ids, not {key[:40]!r}")
         return value
 
@@ -182,13 +193,14 @@ class CompletionBody(Sampling):
             value = [value]
         if not isinstance(value, list) or not value:
             raise ValueError("must be a string, a list of strings, token ids or lists of token ids")
-        if _is_token_list(value):
+        if type(value[0]) is int:
             value = [value]
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"must hold at most {MAX_PROMPTS} prompts, not {len(value)}")
         if all(isinstance(item, str) for item in value):
             return value
-        if all(isinstance(item, list) and item and _is_token_list(item) for item in value):
+        # Millions of ids are no work for a validator: `token_ids` looks at them.
+        if all(isinstance(item, list) and item for item in value):
             return value
         raise ValueError(
             "must be a string, a list of strings, token ids (integers from 0) or lists of token "
@@ -206,23 +218,19 @@ class CompletionBody(Sampling):
         return self
 
 
-class TextPart(BaseModel):
+class TextPart(Inner):
     """A part of a message."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text"]
     text: str
 
 
-class Message(BaseModel):
+class Message(Inner):
     """One message of a chat."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: list[TextPart] = Field(default_factory=list)
-    """Always parts here; plain text becomes a part, and null none."""
+    content: list[TextPart] = Field(min_length=1)
+    """Always parts here; plain text becomes one. Only calls, which we refuse, could replace it."""
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_calls: Any = None
@@ -233,8 +241,8 @@ class Message(BaseModel):
     def _text_is_a_part(cls, value: object) -> object:
         if isinstance(value, str):
             return [TextPart(type="text", text=value)]
-        if isinstance(value, list | None):
-            return value or []
+        if isinstance(value, list):
+            return value
         raise ValueError("must be a string or a list of text parts")
 
     @field_validator("tool_calls", "function_call")
@@ -267,6 +275,23 @@ class TemplateFields(BaseModel):
     chat_template_kwargs: dict[Annotated[str, Field(max_length=64)], Scalar] = Field(
         default_factory=dict, max_length=32
     )
+    add_special_tokens: bool = False
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _fields_are_no_variables(cls, value: dict[str, Scalar]) -> dict[str, Scalar]:
+        for key in ("messages", "add_generation_prompt", "continue_final_message"):
+            if key in value:
+                raise _misfit(
+                    f"chat_template_kwargs.{key}", f"{key} is a field of the body; set it there"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _template_writes_special_tokens(self) -> Self:
+        if self.add_special_tokens:
+            raise _misfit("add_special_tokens", "the chat template adds the special tokens itself")
+        return self
 
     @model_validator(mode="after")
     def _prompt_ends_one_way(self) -> Self:
@@ -288,7 +313,6 @@ class ChatBody(TemplateFields, Sampling):
 
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    add_special_tokens: bool = False
 
     @model_validator(mode="after")
     def _chat_fields_fit_together(self) -> Self:
@@ -296,8 +320,6 @@ class ChatBody(TemplateFields, Sampling):
             raise _misfit("max_tokens", "max_tokens must be at least 1")
         if self.top_logprobs and not self.logprobs:
             raise _misfit("top_logprobs", "top_logprobs needs logprobs: true")
-        if self.add_special_tokens:
-            raise _misfit("add_special_tokens", "the chat template adds the special tokens itself")
         return self
 
 
@@ -313,7 +335,6 @@ class TokenizeChatBody(TemplateFields, Body):
     """POST /tokenize with messages."""
 
     return_token_strs: bool = False
-    add_special_tokens: bool = False
 
 
 class DetokenizeBody(Body):
@@ -374,13 +395,17 @@ def _inner(body: Body) -> Iterator[str]:
         inner += (("messages.content", part) for part in message.content)
     for name, model in inner:
         for key, value in ((model and model.model_extra) or {}).items():
-            if value not in (None, []):
+            if value != []:
                 yield f"{name}.{key}"
 
 
-def _is_token_list(value: list[Any]) -> bool:
-    # bool is an int to isinstance, but not to anyone else.
-    return all(type(item) is int and 0 <= item < 2**31 for item in value)
+def token_ids(prompt: list[Any]) -> list[int]:
+    """The prompt, all of whose items are token ids. Raises `Refused`, naming one that is not."""
+    for i, item in enumerate(prompt):
+        # bool is an int to isinstance, but not to anyone else.
+        if type(item) is not int or not 0 <= item < 2**31:
+            raise _misfit("prompt", f"item {i} is no token id: they are integers from 0")
+    return prompt
 
 
 def _misfit(param: str, message: str) -> Refused:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from kvfold.cache.prefix import PrefixIndex
-from kvfold.core.errors import NotFound, Overloaded, Refused, TooLong
+from kvfold.core.errors import NotFound, Refused, TooLong
 from kvfold.core.faults import InjectedFault, arm
 from kvfold.core.sequence import FinishReason, Request, SamplingParams
 from transformers import LlamaForCausalLM
@@ -270,18 +270,32 @@ def test_abort_at_every_stage(driver: Callable):
 
 
 def test_refusals_change_nothing(driver: Callable):
-    one = driver(max_queued=1)
+    one = driver()
     with pytest.raises(TooLong, match=r"250 tokens and 16 more.*266 together.*256"):
         one.add("r", [5] * 250)
     with pytest.raises(NotFound, match="no adapter 'x'"):
         one.engine.add(
             Request(id="r", prompt=(5,), sampling=SamplingParams(max_tokens=1), adapter="x")
         )
-    one.add("first", [5])
-    with pytest.raises(Overloaded, match="1 requests are waiting"):
-        one.add("second", [5])
+    assert not one.engine.has_work
+    one.add("r", [5])
     one.run()
-    assert list(one.outputs) == [("first", 0)]
+    assert list(one.outputs) == [("r", 0)]
+
+
+def test_a_waiting_prompt_is_held_once_whatever_n_is(driver: Callable):
+    one = driver(max_sequences=1)
+    one.add("runs", [5, 6, 7], max_tokens=200)
+    one.step()
+    prompt = list(range(3, 93))
+    one.add("r", prompt, n=128, max_tokens=1)
+    waiting = one.engine._sequences["r"]
+    assert sum(len(seq.tokens) for seq in waiting) == len(prompt)
+    one.engine.abort("r", 0)
+    assert sum(len(seq.tokens) for seq in waiting) == 2 * len(prompt)
+    one.engine.abort("runs")
+    one.run()
+    assert sorted(index for name, index in one.outputs if name == "r") == list(range(1, 128))
 
 
 def test_a_failed_step_leaves_an_empty_engine_that_serves(driver: Callable):

@@ -134,6 +134,18 @@ def test_a_failed_step_is_told_and_a_second_in_a_row_raised(engine: Engine) -> N
     assert finishes == [error, FinishReason.LENGTH, error, error]
 
 
+def test_what_broke_is_for_the_log_alone(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    script = Script([add("a", "fails")], [add("b", "unqueueable")])
+    until_closed(engine, script)
+    told = [o.error.message for step in script.steps() for o in step.outputs if o.error]
+    assert told == [
+        "a step failed; the server's log says why",
+        "the request could not be queued; the server's log says why",
+    ]
+    for secret in ("the device is on fire", "half queued"):
+        assert secret in caplog.text
+
+
 def test_serve_reports_ready_first_and_then_runs() -> None:
     script = Script([add("a")], [Stop()])
     serve(Config(), ENGINE, script)

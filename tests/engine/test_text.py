@@ -5,12 +5,13 @@ import json
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kvfold.core.errors import NotFound, Refused
+from kvfold.core.errors import NotFound, Refused, TooLong
 from kvfold.engine.stop_strings import StopStrings
 from kvfold.engine.text import Text
 from tokenizers import (
@@ -203,6 +204,44 @@ def test_a_broken_directory_is_refused(
 def test_a_model_that_is_not_there_is_not_found(path: str) -> None:
     with pytest.raises(NotFound, match=path):
         Text.load(path)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_a_text_is_too_long_when_no_tokens_could_cover_it(make: Callable[[], Tokenizer]) -> None:
+    text = Text(make(), name="test")
+    longest = max(map(len, make().get_vocab()))
+    with pytest.raises(TooLong, match=r"is 3 tokens.*at least 4 tokens"):
+        text.encode("x" * (3 * longest + 1), max_len=3)
+    assert len(text.encode("x" * (3 * longest), max_len=3)) > 3
+    assert len(text.encode("<|assistant|>" * 3, max_len=3)) in (3, 4)
+
+
+def test_where_unknown_text_is_one_token_length_says_nothing() -> None:
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "a": 1}, [], unk_token="<unk>", fuse_unk=True))
+    assert Text(tokenizer, name="test").encode("?" * 100, max_len=1) == [0]
+
+
+def test_other_threads_run_while_a_text_is_tokenized() -> None:
+    text = Text(byte_level(), name="test")
+    go, ran = threading.Event(), threading.Event()
+
+    def run() -> None:
+        go.wait()
+        ran.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    interval = sys.getswitchinterval()
+    # Nobody is asked to let go of the interpreter: who does, does so by itself.
+    sys.setswitchinterval(1000.0)
+    try:
+        go.set()
+        text.encode("the cat sat on the mat " * 50_000)
+        has_run = ran.is_set()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert has_run
 
 
 def test_a_lone_surrogate_is_refused(directory: Path) -> None:

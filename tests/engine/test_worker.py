@@ -240,7 +240,7 @@ async def test_abort_ends_the_iteration_with_abort(worker: Worker) -> None:
             "unqueueable",
             (
                 "Internal",
-                "the request could not be queued: RuntimeError: half queued",
+                "the request could not be queued; the server's log says why",
                 None,
                 "internal_error",
                 None,
@@ -270,7 +270,7 @@ async def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(worker: Wo
     assert by_index[0][-1].error is not None
     assert by_index[0][-1].error[:2] == (
         "Internal",
-        "a step failed: RuntimeError: the device is on fire",
+        "a step failed; the server's log says why",
     )
     assert (await collect(bystander))[0][-1].finish is FinishReason.ERROR
     assert tokens((await collect(worker.submit(request("b"))))[0]) == [0, 1, 2, 3]
@@ -317,8 +317,13 @@ async def test_close_breaks_open_requests(worker: Worker) -> None:
     [("refused", Refused, "no such backend"), ("broken", Internal, "the weights are torn")],
 )
 async def test_what_the_engine_refuses_to_start_with_is_raised(
-    make: Make, path: str, kind: type[Exception], message: str
+    make: Make,
+    path: str,
+    kind: type[Exception],
+    message: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     worker = make(Config(model=ModelSettings(path=path)))
     with pytest.raises(kind, match=message) as caught:
         await asyncio.wait_for(worker.start(), PATIENCE_S)
@@ -327,6 +332,8 @@ async def test_what_the_engine_refuses_to_start_with_is_raised(
     assert not worker.is_alive
     assert worker.info is None
     assert message in await died(worker)
+    # Whoever started it says so, once.
+    assert "the engine has ended" not in caplog.text
     await worker.close()
 
 

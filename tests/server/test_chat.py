@@ -1,8 +1,13 @@
 """POST /v1/chat/completions: template, objects, and the stream as bytes."""
 
-import pytest
+import dataclasses
+import threading
+from typing import Any
 
-from .scripted import TEXT, say, serving, stable
+import pytest
+from kvfold.engine.text import Text
+
+from .scripted import INFO, TEXT, say, serving, stable
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/chat/completions"
@@ -102,11 +107,43 @@ async def test_newer_name_of_max_tokens_wins() -> None:
         assert client.worker.requests[0].sampling.max_tokens == 5
 
 
-async def test_long_prompts_are_rendered_on_a_thread() -> None:
+async def test_long_prompts_are_rendered_on_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    encode = Text.encode
+
+    def seen(*arguments: Any, **more: Any) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(*arguments, **more)
+
+    monkeypatch.setattr(Text, "encode", seen)
+    # The script encodes nothing.
+    async with serving(say()) as client:
+        client.supervisor.info = dataclasses.replace(INFO, max_len=20_000)
+        for length in (10, 10_000):
+            said = [{"role": "user", "content": "x" * length}]
+            assert (await client.post(PATH, {"messages": said})).status == 200
+            assert len(client.worker.requests[-1].prompt) == length + 17
+        assert (await client.post("/v1/completions", {"prompt": "x" * 10_000})).status == 200
+    here = threading.get_ident()
+    assert [thread == here for thread in threads] == [True, False, False]
+
+
+async def test_what_surely_is_too_long_is_refused_without_tokenizing_it() -> None:
     async with serving() as client:
-        long = [{"role": "user", "content": "x" * 10_000}]
-        reply = await client.post(PATH, {"messages": long})
-        assert reply.status == 400
-        assert reply.error["code"] == "context_length_exceeded"
-        assert "256" in reply.error["message"]
-        assert "10017" in reply.error["message"]
+        # The longest token, the end of text, has five characters.
+        for length, told in ((1263, "requested 1281 tokens"), (1264, "at least 257 tokens")):
+            said = [{"role": "user", "content": "x" * length}]
+            reply = await client.post(PATH, {"messages": said})
+            assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+            assert told in reply.error["message"]
+            assert "256" in reply.error["message"]
+        reply = await client.post("/v1/completions", {"prompt": ["x", "x" * 1281]})
+        assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+        # For its length alone: nobody looks at what it holds.
+        reply = await client.post("/v1/completions", {"prompt": [1, "x"] * 200})
+        assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+        assert "401 tokens" in reply.error["message"]
+        # Whoever counts tokens gets a number.
+        assert (await client.post("/tokenize", {"prompt": "x" * 1281})).json()["count"] == 1281
+        said = [{"role": "user", "content": "x" * 1300}]
+        assert (await client.post("/tokenize", {"messages": said})).json()["count"] == 1317

@@ -125,6 +125,7 @@ def test_counts(text: str, number: int) -> None:
         (["--max-num-seqs", "0"], "at least 1"),
         (["--dtype", "int3"], "float32"),
         (["--kv-cache-config", "[1]"], "JSON object"),
+        (["--kv-cache-config.prefix", "true"], "--no-enable-prefix-caching"),
         (["--no-such-flag"], "no-such-flag"),
         (["--config", "/nonexistent.yaml"], "nonexistent"),
         (["/nonexistent/model"], "nonexistent"),

@@ -1,9 +1,11 @@
 """What fails, fails as OpenAI's error object; a stream that breaks never looks complete."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncGenerator
 
 import pytest
+from kvfold.core.config import SchedulerSettings
 from kvfold.core.errors import ErrorFields
 from kvfold.core.sequence import FinishReason, Output, Request
 
@@ -133,6 +135,26 @@ async def test_many_prompts_take_many_places() -> None:
         with client.app.state.api.admission.enter(64 + 1024 - 2):
             assert (await client.post(PATH, {"prompt": ["x", "y"]})).status == 200
             assert (await client.post(PATH, {"prompt": ["x", "y", "z"]})).status == 429
+            assert (await client.post(PATH, {"prompt": "x", "n": 2})).status == 200
+            for more in ({"n": 3}, {"best_of": 3}, {"prompt": ["x", "y"], "n": 2}):
+                assert (await client.post(PATH, {"prompt": "x"} | more)).status == 429
+            assert (await client.post(CHAT, {"messages": MESSAGES, "n": 3})).status == 429
+        metrics = client.app.state.api.metrics.expose().decode()
+        assert 'requests_rejected_total{model_name="test",reason="queue_full"} 5.0' in metrics
+
+
+async def test_what_never_fits_is_told_so_instead_of_to_come_back() -> None:
+    scheduler = SchedulerSettings(max_sequences=2, max_queued=3)
+    settings = dataclasses.replace(config(), scheduler=scheduler)
+    async with serving(say("a"), settings) as client:
+        assert (await client.post(PATH, {"prompt": ["x"] * 5})).status == 200
+        for body, param in (({"prompt": ["x"] * 6}, "prompt"), ({"prompt": "x", "n": 6}, "n")):
+            reply = await client.post(PATH, body)
+            assert (reply.status, reply.error["param"]) == (400, param)
+            for said in ("6 sequences", "the 5 that", "--max-queued-requests"):
+                assert said in reply.error["message"]
+        reply = await client.post(PATH, {"prompt": ["x", "y", "z"], "n": 2})
+        assert "prompts: 3, continuations of each: 2" in reply.error["message"]
 
 
 async def test_deadline_ends_a_request_in_either_form() -> None:

@@ -107,6 +107,20 @@ async def test_bytes_over_tokens_is_bytes_per_token_while_pages_are_shared() -> 
         assert 0 <= n_pages * PAGE_SIZE - n_tokens <= 2 * n * 2 * PAGE_SIZE
 
 
+@pytest.mark.parametrize("shows", [False, True])
+async def test_offsets_are_places_in_the_text_special_tokens_or_not(shows: bool) -> None:
+    async with demo() as client:
+        # Of the two beginnings of text the tokenizer adds one.
+        body = {"prompt": "The baker<|bos|> walked", "max_tokens": 3, "echo": True, "logprobs": 0}
+        reply = await client.post(PATH, body | {"skip_special_tokens": not shows})
+        choice = reply.json()["choices"][0]
+        text, scored = choice["text"], choice["logprobs"]
+        assert text.count("<|bos|>") == (2 if shows else 0)
+        ends = [*scored["text_offset"][1:], len(text)]
+        for token, start, end in zip(scored["tokens"], scored["text_offset"], ends, strict=True):
+            assert text[start:end] == ("" if token == "<|bos|>" and not shows else token)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_continuations_that_a_stop_string_ended_leave_nothing_behind(stream: bool) -> None:
     body = {"prompt": ["Once upon", "The key"], "n": 3, "max_tokens": 60, "ignore_eos": True}

@@ -32,6 +32,7 @@ SHARED: list[tuple[str, Any, str]] = [
     ("max_tokens", 2**40, "16777216"),
     ("seed", 2**63, "9223372036854775808"),
     ("logit_bias", {"x": 1}, "token ids"),
+    ("logit_bias", {"5": 100, "05": -100}, "'05'"),
     ("logit_bias", {"5": 101}, "100"),
     ("logit_bias", {"300": 1}, "300"),
     ("stop", ["x"] * 17, "16"),
@@ -60,6 +61,9 @@ OWN: list[tuple[str, str, Any, str]] = [
     (COMPLETIONS, "prompt", [-1], "0"),
     (COMPLETIONS, "prompt", [True], "integers"),
     (COMPLETIONS, "prompt", [300], "300"),
+    (COMPLETIONS, "prompt", [1, "x"], "item 1"),
+    (COMPLETIONS, "prompt", [[1], [2, True]], "item 1"),
+    (COMPLETIONS, "prompt", [[1], "x"], "mixed"),
     (COMPLETIONS, "prompt", ["x"] * 1025, "1024"),
     (COMPLETIONS, "prompt", {"a": 1}, "list"),
     (CHAT, "max_tokens", 0, "1"),
@@ -77,7 +81,17 @@ OWN: list[tuple[str, str, Any, str]] = [
         [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}],
         "text",
     ),
+    *(
+        (CHAT, "messages[0].content", [{"role": role} | content], "")
+        for role in ("system", "developer", "user", "assistant", "tool")
+        for content in ({}, {"content": None}, {"content": []})
+    ),
+    (CHAT, "add_special_tokens", True, "template"),
     (CHAT, "chat_template_kwargs.a", {"a": [1]}, "valid"),
+    *(
+        (CHAT, f"chat_template_kwargs.{name}", {name: False}, "field of the body")
+        for name in ("messages", "add_generation_prompt", "continue_final_message")
+    ),
 ]
 
 
@@ -127,6 +141,7 @@ async def test_misfits(path: str, body: dict[str, Any], param: str) -> None:
         (COMPLETIONS, "response_format", {"type": "json_object"}, {"type": "text"}),
         (COMPLETIONS, "messages", MESSAGES, None),
         (COMPLETIONS, "top_logprobs", 2, None),
+        (COMPLETIONS, "guided_choice", ["a"], []),
         (CHAT, "tools", [{"type": "function"}], []),
         (CHAT, "tool_choice", "required", "auto"),
         (CHAT, "response_format", {"type": "json_schema"}, {"type": "text"}),
@@ -191,6 +206,9 @@ async def test_messages_with_calls_are_refused(key: str, asks: object) -> None:
         assert reply.error["param"] == f"messages.{key}"
         reply = await client.post(CHAT, {"messages": [*MESSAGES, said | {key: None}]})
         assert reply.status == 200
+        call = {"role": "assistant", "content": None, key: asks}
+        reply = await client.post(CHAT, {"messages": [*MESSAGES, call]})
+        assert reply.error["param"] == f"messages.{key}"
 
 
 async def test_nulls_are_unset() -> None:
@@ -199,6 +217,13 @@ async def test_nulls_are_unset() -> None:
         reply = await client.post(COMPLETIONS, body_for(COMPLETIONS) | dict.fromkeys(nulls))
         assert reply.status == 200
         assert client.worker.requests[0].sampling.max_tokens == 16
+        nulls = ["name", "tool_call_id", "tool_calls", "function_call", "refusal"]
+        said = MESSAGES[0] | dict.fromkeys(nulls)
+        options = {"include_usage": None, "continuous_usage_stats": None}
+        reply = await client.post(
+            CHAT, {"messages": [said], "stream": True, "stream_options": options}
+        )
+        assert (reply.status, reply.events()[-2]["usage"]["completion_tokens"]) == (200, 10)
 
 
 async def test_thousands_of_problems_are_one_short_answer() -> None:
@@ -286,6 +311,7 @@ async def test_tokenize_and_back() -> None:
             ("/detokenize", {}),
             ("/tokenize", {}),
             ("/tokenize", {"prompt": 5}),
+            ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}),
         ):
             assert (await client.post(path, body)).status == 400
 
