@@ -8,6 +8,18 @@ from .sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """The geometry of a batch on its device, for kernels that read it there: S sequences."""
+
+    query_start: torch.Tensor
+    """[S + 1] int32 – ragged offsets of the sequences into the tokens."""
+    context_len: torch.Tensor
+    """[S] int32 – keys visible to the last query of each sequence, this step's included."""
+    page_table: torch.Tensor
+    """[S, P] int32 – page ids that hold the context; rows end in page 0, the scratch page."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What the model computes in one step: T tokens of S sequences, P pages at most in a row.
 
@@ -33,6 +45,8 @@ class Batch:
     """[S] – row of per-sequence cache state."""
     n_decode: int
     """Leading sequences that compute exactly one token."""
+    tables: Tables | None = None
+    """The same geometry on the device; None on a CPU, whose kernels read the host's."""
     sequences: tuple[Sequence, ...] = ()
     """Host side, for error messages."""
     plan: object = None
