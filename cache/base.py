@@ -127,7 +127,7 @@ class KVCache(ABC):
         return 0
 
     def commit(self, seq: Sequence) -> None:  # noqa: B027 - a backend without prefix pages has nothing to publish
-        """Publish what a step completed (`n_computed` has just advanced) for later prefix hits."""
+        """Publish for later prefix hits what is computed and known; `n_computed` has advanced."""
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
         """Give `child` the same context as `seq`; False when there is no room, changing nothing."""

@@ -13,8 +13,21 @@ import torch
 from ..core.batch import Batch
 from ..core.errors import Refused
 from ..core.sequence import Sequence
-from ..kernels.attention import DecodePlan, decode_attention, plan_decode, prefill_attention
+from ..kernels.decode_attention import (
+    DecodePlan,
+    SplitPlan,
+    decode_attention,
+    plan_decode,
+    plan_split,
+)
 from ..kernels.kv_write import rotate_and_write
+from ..kernels.prefill_attention import (
+    PrefillPlan,
+    TilePlan,
+    plan_prefill,
+    plan_tiles,
+    prefill_attention,
+)
 from ..kernels.rope import RotaryTable
 from .base import CacheSpec, CacheStats, Footprint, KVCache
 from .pages import PagePool, pool_zeros
@@ -30,8 +43,10 @@ class DenseConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    decode: dict[int | None, DecodePlan]
+    decode: dict[int | None, DecodePlan | SplitPlan]
     """By sliding window, for the decode part."""
+    prefill: PrefillPlan | TilePlan | None
+    """For the rest, if there is one."""
 
 
 class DenseCache(KVCache):
@@ -141,7 +156,7 @@ class DenseCache(KVCache):
     def commit(self, seq: Sequence) -> None:
         if not self._shares:
             return
-        n_full = seq.n_computed // self._spec.page_size
+        n_full = min(seq.n_computed, seq.n_known) // self._spec.page_size
         for i in range(seq.n_published, n_full):
             self._index.publish(*self._page(seq, i), seq.pages[i])
         seq.n_published = n_full
@@ -174,19 +189,35 @@ class DenseCache(KVCache):
     # Tensors.
 
     def plan(self, batch: Batch) -> _Plan:
-        spec = self._spec
-        decode: dict[int | None, DecodePlan] = {}
-        if batch.n_decode:
-            for window in set(spec.windows):
-                decode[window] = plan_decode(
-                    batch.page_table[: batch.n_decode],
-                    batch.context_len[: batch.n_decode],
-                    spec.page_size,
-                    window,
-                    spec.device,
-                    token_bytes=spec.n_kv_heads * spec.head_dim * spec.dtype.itemsize,
-                )
-        return _Plan(decode)
+        n = batch.n_decode
+        windows = set(self._spec.windows) if n else ()
+        return _Plan(
+            decode={window: self._plan_decode(batch, window) for window in windows},
+            prefill=self._plan_prefill(batch) if n < len(batch.context_len) else None,
+        )
+
+    def _plan_decode(self, batch: Batch, window: int | None) -> DecodePlan | SplitPlan:
+        spec, n, tables = self._spec, batch.n_decode, batch.tables
+        if tables is not None:
+            pages, lengths = tables.page_table[:n], tables.context_len[:n]
+            return plan_split(pages, lengths, self._keys[0], spec.n_heads, window)
+        return plan_decode(
+            batch.page_table[:n],
+            batch.context_len[:n],
+            spec.page_size,
+            window,
+            spec.device,
+            token_bytes=spec.n_kv_heads * spec.head_dim * spec.dtype.itemsize,
+        )
+
+    def _plan_prefill(self, batch: Batch) -> PrefillPlan | TilePlan:
+        n = batch.n_decode
+        lengths = batch.context_len[n:]
+        start = tuple(at - batch.query_start[n] for at in batch.query_start[n:])
+        if batch.tables is not None:
+            pages = batch.tables.page_table
+            return plan_tiles(pages, start, lengths, self._keys[0], self._spec.n_heads, n)
+        return plan_prefill(batch.page_table[n:], start, lengths, self._spec.page_size)
 
     def attend(
         self,
@@ -201,24 +232,12 @@ class DenseCache(KVCache):
         keys, values = self._keys[layer], self._values[layer]
         window, scale = self._spec.windows[layer], self._spec.scale
         q = rotate_and_write(q, k, v, batch.positions, self._rotary, keys, values, batch.write_at)
-        n = batch.n_decode
+        n, plan = batch.n_decode, batch.plan
         parts = []
         if n:
-            parts.append(decode_attention(q[:n], keys, values, batch.plan.decode[window], scale))
-        if n < len(batch.context_len):
-            first = batch.query_start[n]
-            parts.append(
-                prefill_attention(
-                    q[first:],
-                    keys,
-                    values,
-                    batch.page_table[n:],
-                    tuple(start - first for start in batch.query_start[n:]),
-                    batch.context_len[n:],
-                    scale,
-                    window,
-                )
-            )
+            parts.append(decode_attention(q[:n], keys, values, plan.decode[window], scale))
+        if plan.prefill is not None:
+            parts.append(prefill_attention(q[n:], keys, values, plan.prefill, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     # Proof and metrics.

@@ -6,6 +6,10 @@ import torch
 
 from .sequence import Sequence
 
+TABLE_STEP = 16
+"""Page tables have a multiple of this many columns: Triton compiles a kernel anew for a stride that
+is not a multiple of 16, and that must not happen while a request waits."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
@@ -16,7 +20,8 @@ class Tables:
     context_len: torch.Tensor
     """[S] int32 – keys visible to the last query of each sequence, this step's included."""
     page_table: torch.Tensor
-    """[S, P] int32 – page ids that hold the context; rows end in page 0, the scratch page."""
+    """[S, P] int32 – page ids that hold the context; rows end in page 0, the scratch page. P is a
+    multiple of `TABLE_STEP`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

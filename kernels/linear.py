@@ -1,10 +1,13 @@
-"""Linear layer over weights that are packed once for the CPU's matrix kernels."""
+"""Linear layer over weights that are prepared once for their device's matrix kernels."""
+
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import check
+from .dispatch import check, jit, tl, triton, use_triton
 
 # Rows the packed layout is tuned for: a full decode batch. The layout serves any number of rows.
 _TUNED_ROWS = 32
@@ -13,6 +16,24 @@ _TUNED_ROWS = 32
 # compiles code for every number of rows it meets, 0.5 MiB each, and keeps half of it for good: rows
 # are filled up to multiples of this, and above 32 to coarser ones.
 _LEAST_ROWS = 4
+
+# Of the device path for few rows: a program multiplies 16 rows, the least that a tensor core takes,
+# by so many outputs and so many bytes of each output's weights at a time.
+_FEW_ROWS = 16
+_OUTPUTS = 64
+_WEIGHT_BYTES = 256
+_STAGES = 4
+# Outputs that a program of the second pass adds up.
+_SUMMED = 256
+# The inputs are split as long as no more programs than this share the weight, two for each
+# multiprocessor of an H100 or H200; a split has at least two tiles.
+_PROGRAMS = 264
+# Ours is used where it takes less than this share of cuBLAS's time, at one row and at 16.
+_WORTH_IT = 0.97
+# A measurement reads weights in turn, so that none is found in the L2 cache (50 MB).
+_MEASURED_BYTES = 256 * 1024 * 1024
+_MOST_WEIGHTS = 32
+_TRIALS = 5
 
 
 class PackedLinear:
@@ -23,9 +44,10 @@ class PackedLinear:
         packed: [out, in] opaque – oneDNN's layout; None where torch or the device has none.
         bias: [out] float, or None.
         out_features, in_features: the weight's two dimensions.
+        is_few_faster: on a GPU, whether `linear_few` beats cuBLAS at this shape.
     """
 
-    __slots__ = ("bias", "in_features", "out_features", "packed", "weight")
+    __slots__ = ("bias", "in_features", "is_few_faster", "out_features", "packed", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, keep: bool = False) -> None:
         check(weight, "weight", shape=(None, None))
@@ -34,6 +56,9 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.packed = _try_pack(weight)
+        self.is_few_faster = weight.is_cuda and _is_few_faster(
+            self.out_features, self.in_features, weight.dtype, weight.device
+        )
         self.weight = weight if keep or self.packed is None else None
 
     @property
@@ -48,7 +73,8 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, keep: bool = False) -> P
 
     On a CPU the weight is copied into oneDNN's blocked layout where torch offers it and a trial
     product agrees with the plain one: 1.5 to 3 times the speed of F.linear for bfloat16 and 2 to 6
-    times for float32 at up to 32 rows (2 cores, AVX512_BF16). Elsewhere it is held as it is.
+    times for float32 at up to 32 rows (2 cores, AVX512_BF16). Elsewhere it is held as it is, and on
+    a GPU the first weight of each shape is followed by a measurement of which kernel is faster.
 
     Args:
         weight: [out, in] float (read).
@@ -81,8 +107,172 @@ def linear(x: Tensor, w: PackedLinear) -> Tensor:
     check(x, "x", shape=(None, w.in_features))
     if w.packed is None:
         assert w.weight is not None
-        return F.linear(x, w.weight, w.bias)
+        few = w.is_few_faster and x.shape[0] <= _FEW_ROWS
+        return linear_few(x, w.weight, w.bias) if few else F.linear(x, w.weight, w.bias)
     return _packed(x, w.packed, w.bias)
+
+
+def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply up to 16 rows by a plain weight, on a GPU as fast as the weight can be read.
+
+    Semantics: as `linear`. On a GPU tiles and splits follow from the weight's shape alone and the
+    splits are added in order, so a row's result is bitwise the same whatever the number of rows.
+
+    Args:
+        x: [tokens, in] of weight's dtype, tokens ≤ 16 (read).
+        weight: [out, in] float, contiguous (read).
+        bias: [out] of weight's dtype, or None (read).
+
+    Returns:
+        [tokens, out] of x's dtype.
+
+    Raises:
+        ValueError: there are more rows, or x does not fit the weight.
+    """
+    check(x, "x", shape=(None, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+    if x.shape[0] > _FEW_ROWS:
+        raise ValueError(f"x has {x.shape[0]} rows, wanted at most {_FEW_ROWS}")
+    return (_triton if use_triton(x) else F.linear)(x, weight, bias)
+
+
+@jit
+def _kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    row_stride,
+    rows,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    # One program per N outputs and SPAN inputs; y is [splits, rows, OUT]. The weight is the left
+    # factor: its side of a tensor core's tile is the wide one.
+    split = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    m = tl.arange(0, M)
+    k = tl.arange(0, K)
+    weight_at = weight_ptr + n[:, None] * IN + split * SPAN + k[None, :]
+    x_at = x_ptr + m[None, :].to(tl.int64) * row_stride + split * SPAN + k[:, None]
+    total = tl.zeros([N, M], tl.float32)
+    for done in range(0, SPAN, K):
+        is_k = split * SPAN + done + k < IN
+        w = tl.load(weight_at + done, (n[:, None] < OUT) & is_k[None, :], other=0.0)
+        x = tl.load(x_at + done, (m[None, :] < rows) & is_k[:, None], other=0.0)
+        total = tl.dot(w, x, total, input_precision="ieee")
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, n < OUT, other=0.0).to(tl.float32)[:, None]
+    y_at = y_ptr + (split * rows + m[None, :]) * OUT + n[:, None]
+    is_in = (m[None, :] < rows) & (n[:, None] < OUT)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), is_in)
+
+
+@jit
+def _sum_kernel(
+    parts_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    OUT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    N: tl.constexpr,
+):
+    # One program per row and N outputs; parts is [SPLITS, rows, OUT].
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    total = tl.zeros([N], tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = parts_ptr + (split * rows + row) * OUT + n
+        total += tl.load(at, n < OUT, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + n, n < OUT, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * OUT + n, total.to(y_ptr.dtype.element_ty), n < OUT)
+
+
+def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    check(x, "x", dense=1)
+    check(weight, "weight", dense=2)
+    rows, (n_out, n_in) = x.shape[0], weight.shape
+    y = torch.empty((rows, n_out), dtype=x.dtype, device=x.device)
+    if not rows:
+        return y
+    n, k = _OUTPUTS, _WEIGHT_BYTES // weight.itemsize
+    tiles = triton.cdiv(n_in, k)
+    wanted = min(_PROGRAMS // triton.cdiv(n_out, n), tiles // 2)
+    span = triton.cdiv(tiles, max(wanted, 1)) * k
+    splits = triton.cdiv(n_in, span)
+    parts = y
+    if splits > 1:
+        parts = torch.empty((splits, rows, n_out), dtype=torch.float32, device=x.device)
+    _kernel[(triton.cdiv(n_out, n), splits)](
+        x,
+        weight,
+        bias,
+        parts,
+        x.stride(0),
+        rows,
+        OUT=n_out,
+        IN=n_in,
+        SPAN=span,
+        HAS_BIAS=bias is not None and splits == 1,
+        M=_FEW_ROWS,
+        N=n,
+        K=k,
+        num_warps=4,
+        num_stages=_STAGES,
+    )
+    if splits > 1:
+        _sum_kernel[(rows, triton.cdiv(n_out, _SUMMED))](
+            parts,
+            bias,
+            y,
+            rows,
+            OUT=n_out,
+            SPLITS=splits,
+            HAS_BIAS=bias is not None,
+            N=_SUMMED,
+        )
+    return y
+
+
+@cache
+def _is_few_faster(n_out: int, n_in: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `linear_few` beats cuBLAS; measured once per shape, in graphs as decoding runs."""
+    nbytes = n_out * n_in * dtype.itemsize
+    copies = min(-(-_MEASURED_BYTES // nbytes), _MOST_WEIGHTS)
+    weights = torch.randn((copies, n_out, n_in), dtype=dtype, device=device).unbind()
+    for rows in (1, _FEW_ROWS):
+        x = torch.randn((rows, n_in), dtype=dtype, device=device)
+        if _elapsed(linear_few, x, weights) > _WORTH_IT * _elapsed(F.linear, x, weights):
+            return False
+    return True
+
+
+def _elapsed(
+    multiply: Callable[[Tensor, Tensor, None], Tensor], x: Tensor, weights: tuple[Tensor, ...]
+) -> float:
+    """Milliseconds for all weights once, the best of a few runs."""
+    for weight in weights:
+        multiply(x, weight, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            multiply(x, weight, None)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    best = float("inf")
+    for _ in range(_TRIALS):
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    return best
 
 
 def _packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,8 @@
-"""Rotary position embedding: turn pairs of channels by an angle that grows with the position."""
+"""Rotary position embedding: turn pairs of channels by an angle that grows with the position.
+
+On a GPU the hot path rotates within the kernel that stores the keys (`kv_write`); what is here is
+for keys that leave or enter the pages otherwise, and stays torch everywhere.
+"""
 
 from dataclasses import dataclass
 
@@ -42,7 +46,7 @@ def rotate(x: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
     Raises:
         ValueError: x is narrower than the table's width, or positions do not match x.
     """
-    _check(x, positions, table)
+    check_rotary(x, positions, table)
     return _turn(x, *_angles(positions, table), table)
 
 
@@ -63,13 +67,14 @@ def rotate_back(x: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
     Raises:
         ValueError: x is narrower than the table's width, or positions do not match x.
     """
-    _check(x, positions, table)
+    check_rotary(x, positions, table)
     cos, sin = _angles(positions, table)
     norm = cos.square() + sin.square()
     return _turn(x, cos / norm, -sin / norm, table)
 
 
-def _check(x: Tensor, positions: Tensor, table: RotaryTable) -> None:
+def check_rotary(x: Tensor, positions: Tensor, table: RotaryTable) -> None:
+    """Raise ValueError where `table` cannot turn `x` [tokens, heads, head_dim] at `positions`."""
     check(x, "x", shape=(None, None, None))
     if x.shape[2] < table.width:
         raise ValueError(f"x has head_dim {x.shape[2]}, wanted at least the width {table.width}")

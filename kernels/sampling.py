@@ -5,10 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import check
+from .dispatch import check, jit, tl, use_triton
 
 # Nucleus candidates examined before a row's whole vocabulary is sorted: most rows end at the first.
 _CANDIDATES = (256, 4096)
+# On a GPU one program reads a row: so many logits at a time, 16 bytes per thread, with as many more
+# on their way as stages, since a row's program is often alone on its multiprocessor.
+_BLOCK = 2048
+_WARPS = 16
+_STAGES = 6
 # Rows whose float32 log-probabilities exist at once; a prompt of any length is worked in blocks.
 _LOGPROB_ROWS = 64
 # Multipliers of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit integers.
@@ -102,13 +107,14 @@ def adjust(out_logits: Tensor, t: SamplingTensors) -> Tensor:
 def sample(logits: Tensor, t: SamplingTensors) -> Tensor:
     """Choose one token per row.
 
-    Semantics: temperature 0: argmax, the lowest index among equals (CPU). Otherwise w = exp((z -
+    Semantics: temperature 0: argmax, the lowest index among equals. Otherwise w = exp((z -
     max z) / temperature); tokens with w < min_p go; of the rest the top_k heaviest stay; of those
     the fewest, heaviest first, that hold top_p of their mass; tokens as heavy as the last one kept
     stay too, so that no tie is broken by chance. Then the token at which the running sum of w, in
     vocabulary order, first exceeds u · Σw, with u from (seed, position).
 
-    A row's token depends on that row alone: neither neighbours nor the order of rows enter.
+    A row's token depends on that row alone: neither neighbours nor the order of rows enter. On a
+    GPU nothing waits for the device, and the flags of `t` are not read.
 
     Args:
         logits: [R, vocab] float32 – adjusted logits (read).
@@ -121,11 +127,7 @@ def sample(logits: Tensor, t: SamplingTensors) -> Tensor:
         ValueError: the logits are not a float32 matrix with the rows of `t`.
     """
     check(logits, "logits", shape=(t.temperature.shape[0], None), dtype=torch.float32)
-    ids = logits.argmax(dim=-1)
-    if t.any_random:
-        rows = t.temperature.nonzero().squeeze(1)
-        ids[rows] = _draw(logits[rows], rows, t)
-    return ids
+    return (_triton if use_triton(logits) else _torch)(logits, t)
 
 
 def logprobs(logits: Tensor, ids: Tensor, n_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +167,14 @@ def logprobs(logits: Tensor, ids: Tensor, n_top: int) -> tuple[Tensor, Tensor, T
 
 def _repeated(logits: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(logits > 0, logits / penalty, logits * penalty)
+
+
+def _torch(logits: Tensor, t: SamplingTensors) -> Tensor:
+    ids = logits.argmax(dim=-1)
+    if t.any_random:
+        rows = t.temperature.nonzero().squeeze(1)
+        ids[rows] = _draw(logits[rows], rows, t)
+    return ids
 
 
 def _draw(logits: Tensor, rows: Tensor, t: SamplingTensors) -> Tensor:
@@ -223,3 +233,188 @@ def _mix(x: Tensor) -> Tensor:
 def _shift(x: Tensor, n: int) -> Tensor:
     """Right shift that fills with zeros; torch's repeats the sign."""
     return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+@jit
+def _weights(row_ptr, start, peak, temperature, min_p, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    # [BLOCK] float32 – of the tokens from `start` on, 0 where there is none or min_p drops it.
+    column = start + tl.arange(0, BLOCK)
+    z = tl.load(row_ptr + column, column < VOCAB, other=-float("inf"))
+    w = tl.exp((z - peak) / temperature)
+    return tl.where(w >= min_p, w, 0.0)
+
+
+@jit
+def _search(
+    row_ptr,
+    peak,
+    temperature,
+    min_p,
+    low,
+    n_low,
+    mass_low,
+    wanted,
+    BY_COUNT: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The highest weight such that the tokens of at least it are `wanted` or more, or weigh that;
+    # `low` is known to be low enough. Weights are compared as the bits of their floats, which order
+    # alike from 0 on. A pass over the row quarters the bracket [low, high); it ends early where at
+    # most one token lies inside. Returns low and, for both ends, the tokens at or above and their
+    # weight.
+    high = 0x3F800001
+    n_high = 0
+    mass_high = 0.0
+    while (high - low > 1) & (n_low - n_high > 1):
+        step = (high - low + 3) // 4
+        at = tl.minimum(low + step * tl.arange(0, 4), high)
+        n = tl.zeros([4, BLOCK], tl.int32)
+        mass = tl.zeros([4, BLOCK], tl.float32)
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
+            w = _weights(row_ptr, start, peak, temperature, min_p, VOCAB, BLOCK)
+            is_above = w.to(tl.int32, bitcast=True)[None, :] >= at[:, None]
+            n += is_above.to(tl.int32)
+            mass += tl.where(is_above, w[None, :], 0.0)
+        n_at = tl.sum(n, axis=1)
+        mass_at = tl.sum(mass, axis=1)
+        is_enough = n_at >= wanted if BY_COUNT else mass_at >= wanted
+        # Both fall as `at` rises, whatever the rounding: sums are of the same terms or of zeros.
+        n_low = tl.min(tl.where(is_enough, n_at, n_low))
+        n_high = tl.max(tl.where(is_enough, n_high, n_at))
+        mass_low = tl.min(tl.where(is_enough, mass_at, mass_low))
+        mass_high = tl.max(tl.where(is_enough, mass_high, mass_at))
+        low, high = tl.max(tl.where(is_enough, at, low)), tl.min(tl.where(is_enough, high, at))
+    return low, n_low, mass_low, n_high, mass_high
+
+
+@jit
+def _mixed(x, MIX_1: tl.constexpr, MIX_2: tl.constexpr):
+    # `_mix`, on one number.
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@jit
+def _kernel(
+    logits_ptr,
+    temperature_ptr,
+    top_k_ptr,
+    top_p_ptr,
+    min_p_ptr,
+    seed_ptr,
+    position_ptr,
+    ids_ptr,
+    row_stride,
+    VOCAB: tl.constexpr,
+    GOLDEN: tl.constexpr,
+    MIX_1: tl.constexpr,
+    MIX_2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # One program per row, which alone decides how often it is read.
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    peaks = tl.full([BLOCK], -float("inf"), tl.float32)
+    peaks_at = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(row_ptr + column, column < VOCAB, other=-float("inf"))
+        peaks_at = tl.where(z > peaks, column, peaks_at)
+        peaks = tl.maximum(z, peaks)
+    peak = tl.max(peaks)
+    token = tl.min(tl.where(peaks == peak, peaks_at, VOCAB - 1))
+
+    temperature = tl.load(temperature_ptr + row)
+    if temperature > 0:
+        min_p = tl.load(min_p_ptr + row)
+        sums = tl.zeros([BLOCK], tl.float32)
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
+            sums += _weights(row_ptr, start, peak, temperature, min_p, VOCAB, BLOCK)
+        total = tl.sum(sums)
+
+        low, n_low, kept = 0, VOCAB, total
+        top_k = tl.load(top_k_ptr + row)
+        if (top_k > 0) & (top_k < VOCAB):
+            low, n_low, total, n_high, mass_high = _search(
+                row_ptr,
+                peak,
+                temperature,
+                min_p,
+                low,
+                n_low,
+                total,
+                top_k,
+                True,
+                VOCAB,
+                BLOCK,
+                STAGES,
+            )
+            # Of tokens tied at the cut all stay, but only top_k count for top_p.
+            tied = (top_k - n_high) * low.to(tl.float32, bitcast=True)
+            kept = tl.where(n_low == top_k, total, mass_high + tied)
+        top_p = tl.load(top_p_ptr + row)
+        if top_p < 1:
+            low, n_low, total, n_high, mass_high = _search(
+                row_ptr,
+                peak,
+                temperature,
+                min_p,
+                low,
+                n_low,
+                total,
+                top_p * kept,
+                False,
+                VOCAB,
+                BLOCK,
+                STAGES,
+            )
+
+        bits = _mixed(tl.load(seed_ptr + row) + GOLDEN, MIX_1, MIX_2)
+        bits = _mixed(bits + tl.load(position_ptr + row) * GOLDEN, MIX_1, MIX_2)
+        target = ((bits >> 40) & 0xFFFFFF).to(tl.float32) * (1 / 16777216) * total
+        # The block in which the running sum passes the target, then the token within it. Sums of
+        # one block in two orders may differ: then it is the last token with a weight.
+        here, before, running = 0, 0.0, 0.0
+        for start in tl.range(0, VOCAB, BLOCK, num_stages=STAGES):
+            w = _weights(row_ptr, start, peak, temperature, min_p, VOCAB, BLOCK)
+            mass = tl.sum(tl.where(w.to(tl.int32, bitcast=True) >= low, w, 0.0))
+            is_here = (mass > 0) & (running <= target)
+            here = tl.where(is_here, start, here)
+            before = tl.where(is_here, running, before)
+            running += mass
+        w = _weights(row_ptr, here, peak, temperature, min_p, VOCAB, BLOCK)
+        w = tl.where(w.to(tl.int32, bitcast=True) >= low, w, 0.0)
+        column = here + tl.arange(0, BLOCK)
+        is_past = before + tl.cumsum(w) > target
+        first = tl.min(tl.where((w > 0) & is_past, column, VOCAB))
+        last = tl.max(tl.where(w > 0, column, 0))
+        token = tl.where(first < VOCAB, first, last)
+    tl.store(ids_ptr + row, token.to(tl.int64))
+
+
+def _triton(logits: Tensor, t: SamplingTensors) -> Tensor:
+    check(logits, "logits", dense=1)
+    rows, vocab = logits.shape
+    asked = (t.temperature, t.top_k, t.top_p, t.min_p, t.seed, t.position)
+    for x in asked:
+        check(x, "a row's setting", shape=(rows,), device=logits.device, dense=1)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        _kernel[(rows,)](
+            logits,
+            *asked,
+            ids,
+            logits.stride(0),
+            VOCAB=vocab,
+            GOLDEN=_GOLDEN,
+            MIX_1=_MIX_1,
+            MIX_2=_MIX_2,
+            BLOCK=_BLOCK,
+            STAGES=_STAGES,
+            num_warps=_WARPS,
+        )
+    return ids

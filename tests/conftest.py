@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,6 +15,27 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Chosen when a kernel is decorated, so it must be set before kernels are imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# A machine that only runs kernels and models may lack the HTTP stack.
+NEED = {
+    "fastapi": ["server", "test_serve.py"],
+    "msgspec": ["engine/test_wire.py"],
+}
+collect_ignore = [path for name, paths in NEED.items() if not find_spec(name) for path in paths]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Of the poison below; the tests themselves say what must not vary.
+    config.addinivalue_line("filterwarnings", "ignore:.*eterministic:UserWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,108 @@
-"""The oracle, loaded from its file as the tests are no package; and threads, where they matter."""
+"""What tests of kernels share: the oracle, the paths a kernel can take, threads where they matter.
 
-import importlib.util
+A test that asks for `path`, or for `path` and `dtype`, runs once per path this machine may have.
+Tensors that it makes lie on the path's device.
+"""
+
 from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from kvfold.kernels import dispatch
+
+HERE = Path(__file__).parent
+# Path and dtypes. The interpreter truncates to bfloat16 where every device rounds.
+PATHS = {
+    "torch": (torch.float32, torch.bfloat16),
+    "interpreter": (torch.float32, torch.float16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
+}
+if torch.cuda.is_available() or not find_spec("triton"):
+    # The interpreter is chosen for the whole process, and a device needs it off.
+    del PATHS["interpreter"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "path" not in metafunc.fixturenames:
+        return
+    marks = {"cuda": [pytest.mark.gpu]}
+    if "dtype" in metafunc.fixturenames:
+        cases = [
+            pytest.param(path, dtype, id=f"{path}-{dtype}", marks=marks.get(path, ()))
+            for path, dtypes in PATHS.items()
+            for dtype in dtypes
+        ]
+        metafunc.parametrize(("path", "dtype"), cases, indirect=["path"])
+    else:
+        cases = [pytest.param(path, id=path, marks=marks.get(path, ())) for path in PATHS]
+        metafunc.parametrize("path", cases, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Sees which kernels the others have run.
+    items.sort(key=lambda item: "interpreted" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> set[str]:
+    """Kernels, as module.name, that ran in the interpreter so far."""
+    return set()
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Send kernels along one path, and the tensors that a test makes to its device."""
+    name: str = request.param
+    device = torch.device("cuda" if name == "cuda" else "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "interpreter":
+            _record(patch, request.getfixturevalue("interpreted"))
+        with device, dispatch.forced("torch" if name == "torch" else "triton"):
+            yield name
+
+
+def _record(patch: pytest.MonkeyPatch, interpreted: set[str]) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def recording(kernel: Any, *args: Any, **options: Any) -> None:
+        # A device makes infinities and NaN in silence, too.
+        with np.errstate(all="ignore"):
+            run(kernel, *args, **options)
+        interpreted.add(f"{kernel.fn.__module__}.{kernel.fn.__name__}")
+
+    patch.setattr(InterpretedFunction, "run", recording)
+
+
+def load(path: Path) -> ModuleType:
+    """A file of the tests as a module: they are no package."""
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def oracle() -> ModuleType:
-    path = Path(__file__).parent.parent / "oracle.py"
-    spec = importlib.util.spec_from_file_location("oracle", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(HERE.parent / "oracle.py")
+
+
+@pytest.fixture(scope="session")
+def contexts() -> ModuleType:
+    return load(HERE / "paged.py")
+
+
+@pytest.fixture(scope="session")
+def prove() -> ModuleType:
+    return load(HERE / "prove.py")
 
 
 @pytest.fixture

@@ -1,8 +1,13 @@
-"""A refused argument is named, with what was got and what is wanted."""
+"""A refused argument is named, with what was got and what is wanted; paths can be forced."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from kvfold.kernels.dispatch import check
+from kvfold import kernels
+from kvfold.kernels.dispatch import check, forced, use_triton
 
 X = torch.zeros(2, 3)
 
@@ -27,3 +32,57 @@ def test_dtype_is_refused() -> None:
 def test_device_is_refused() -> None:
     with pytest.raises(ValueError, match="x is on cpu, wanted meta"):
         check(X, "x", device=torch.device("meta"))
+
+
+@pytest.mark.parametrize(
+    ("x", "dense"),
+    [
+        (torch.zeros(4, 6)[:, :3], 1),
+        (torch.zeros(4, 6)[::2], 1),
+        (torch.zeros(5, 4, 6)[::2], 2),
+        (torch.zeros(4, 6)[:, :1], 1),
+        (torch.zeros(1, 6)[:, :3], 2),
+        (torch.zeros(0, 6), 2),
+        (torch.zeros(()), 0),
+    ],
+    ids=str,
+)
+def test_dense_dimensions_pass(x: torch.Tensor, dense: int) -> None:
+    check(x, "x", dense=dense)
+
+
+@pytest.mark.parametrize(
+    ("x", "dense"),
+    [
+        (torch.zeros(6, 4).T, 1),
+        (torch.zeros(4, 6)[:, ::2], 1),
+        (torch.zeros(4, 6)[:, :3], 2),
+        (torch.zeros(1, 6).expand(4, 6), 2),
+    ],
+    ids=str,
+)
+def test_gaps_are_refused(x: torch.Tensor, dense: int) -> None:
+    with pytest.raises(ValueError, match=rf"x has strides .* wanted its last {dense} dimensions"):
+        check(x, "x", dense=dense)
+
+
+def test_a_path_is_forced_within_its_block() -> None:
+    assert not use_triton(X)
+    with forced("triton"):
+        assert use_triton(X)
+        with forced("torch"):
+            assert not use_triton(X)
+        assert use_triton(X)
+    assert not use_triton(X)
+
+
+def test_kernels_import_without_triton() -> None:
+    modules = [f"kvfold.kernels.{f.stem}" for f in Path(kernels.__path__[0]).glob("*.py")]
+    code = f"""
+import importlib, sys
+sys.modules["triton"] = None
+for name in {modules}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

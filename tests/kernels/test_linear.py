@@ -4,7 +4,8 @@ from types import ModuleType
 
 import pytest
 import torch
-from kvfold.kernels.linear import linear, pack
+from kvfold.kernels.dispatch import forced
+from kvfold.kernels.linear import linear, linear_few, pack
 from torch.nn import functional as F
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -110,8 +111,59 @@ def test_a_wrong_private_operator_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     assert pack(weight).packed is None
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1, 7), (65, 129), (63, 1200)])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 16])
+def test_linear_few(
+    oracle: ModuleType,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    with_bias: bool,
+) -> None:
+    """Inputs in one span and in several."""
+    x, weight, bias = case(out_features, in_features, dtype, tokens)
+    given = bias if with_bias else None
+    got = linear_few(x, weight, given)
+    assert got.dtype == dtype
+    oracle.close(got, oracle.linear(x, weight, given))
+
+
+@pytest.mark.usefixtures("path")
+def test_a_row_among_few_depends_on_itself_alone(path: str) -> None:
+    if path == "torch":
+        pytest.skip("only the device path promises it")
+    x, weight, bias = case(65, 1200, torch.float16, 16)
+    full = linear_few(x, weight, bias)
+    for n in (1, 2, 7):
+        assert torch.equal(linear_few(x[:n], weight, bias), full[:n])
+        assert torch.equal(linear_few(x[-n:], weight, bias), full[-n:])
+
+
+def test_many_rows_are_not_few() -> None:
+    with forced("triton"), pytest.raises(ValueError, match="x has 17 rows, wanted at most 16"):
+        linear_few(torch.zeros(17, 8), torch.zeros(3, 8), None)
+
+
 def test_strangers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[1, 7\], wanted \[any, 8\]"):
         linear(torch.zeros(1, 7), pack(torch.zeros(3, 8)))
     with pytest.raises(ValueError, match="bias has shape"):
         pack(torch.zeros(3, 8), torch.zeros(8))
+
+
+def launches() -> None:
+    """Projections of the supported models from the narrowest to the vocabulary."""
+    for dtype, n_out, n_in in [
+        (torch.bfloat16, 1152, 896),
+        (torch.bfloat16, 4096, 14336),
+        (torch.bfloat16, 151936, 896),
+        (torch.float16, 4096, 4096),
+        (torch.float32, 1152, 896),
+    ]:
+        weight, bias = torch.empty(n_out, n_in, dtype=dtype), torch.empty(n_out, dtype=dtype)
+        x = torch.empty(7, n_in, dtype=dtype)
+        linear_few(x, weight, bias)
+    linear_few(x, weight, None)

@@ -4,15 +4,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from kvfold.kernels.dispatch import forced
 from kvfold.kernels.norm import add_rms_norm, rms_norm
 
-DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 64), (7, 63), (129, 896), (7, 3, 128)]
 EPS = 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("path")
 def test_rms_norm(oracle: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype)
@@ -29,7 +29,16 @@ def test_the_product_comes_after_the_rounding() -> None:
     assert torch.equal(rms_norm(x, weight, EPS), unit.bfloat16() * weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("path")
+def test_heads_of_a_fused_projection(oracle: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    qkv, weight = torch.randn(7, 5, 64).to(dtype), torch.randn(64).to(dtype)
+    got = rms_norm(qkv[:, 1:4], weight, EPS)
+    assert got.is_contiguous()
+    oracle.close(got, oracle.rms_norm(qkv[:, 1:4], weight, EPS))
+
+
+@pytest.mark.usefixtures("path")
 def test_add_rms_norm_writes_the_residual(oracle: ModuleType, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     x, residual = torch.randn(2, 7, 129).to(dtype).unbind()
@@ -41,7 +50,7 @@ def test_add_rms_norm_writes_the_residual(oracle: ModuleType, dtype: torch.dtype
     oracle.close(normed, oracle.rms_norm(total, weight, EPS))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("path")
 def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x, weight = torch.randn(129, 896).to(dtype), torch.randn(896).to(dtype)
@@ -53,3 +62,17 @@ def test_a_row_depends_on_itself_alone(dtype: torch.dtype) -> None:
 def test_a_foreign_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight has shape \[7\], wanted \[64\]"):
         rms_norm(torch.zeros(1, 64), torch.zeros(7), EPS)
+
+
+def test_scattered_columns_are_refused() -> None:
+    with forced("triton"), pytest.raises(ValueError, match="x has strides"):
+        rms_norm(torch.zeros(64, 7).T, torch.zeros(64), EPS)
+
+
+def launches() -> None:
+    """Hidden sizes and head widths of the supported models; float32 differs in registers only."""
+    for dtype, dims in ((torch.bfloat16, (64, 128, 896, 4096, 8192)), (torch.float32, (8192,))):
+        for dim in dims:
+            x, weight = torch.empty(7, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+            add_rms_norm(x, x, weight, EPS)
+            rms_norm(torch.empty(7, 5, dim, dtype=dtype)[:, 1:], weight, EPS)

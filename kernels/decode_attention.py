@@ -1,0 +1,622 @@
+"""Attention over paged keys and values from one query per sequence.
+
+Pages are [pages, kv_heads, page_size, head_dim]; query head h reads kv head h // group, with
+group = heads / kv_heads. Page 0 is scratch and belongs to nobody.
+
+The torch path multiplies page by page and is planned on the host. The Triton path splits contexts
+into chunks, so that one long sequence fills the chip, and is planned on the device: a captured step
+serves other contexts when it is replayed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dispatch import check, jit, tl
+from .paged import check_pools, padded, pages_of, rows_of, tile_of, weigh
+
+# A run of consecutive pages is read in place. Its own two products cost 20 to 50 µs of calls, about
+# as much as gathering 100 KiB of keys and as many of values (one core, AVX512_BF16), so runs with
+# fewer bytes of keys than this are gathered together.
+_GATHER_BYTES = 64 * 1024
+# torch sends a product of fewer multiplications past oneDNN, and a single float32 matrix past the
+# batched kernel; both round differently.
+_LEAST_PRODUCT = 16 * 16 * 16 + 1
+_LEAST_MATRICES = 2
+# oneDNN compiles code for every number of matrices it meets, 0.5 MiB each, and keeps half of it for
+# good (0.25 MiB; torch 2.13, bfloat16, AVX512_BF16): only so many sizes per octave are multiplied.
+_SIZES_PER_OCTAVE = 4
+
+# Keys of a chunk at least: its partial result, written and read once, then has 3 % of the bytes of
+# its keys and values (4 heads that share them, bfloat16).
+_LEAST_CHUNK = 256
+# Chunks of a sequence at most: for all kv heads together twice the programs of an H200. More would
+# not balance the load better, and partial results take memory.
+_MOST_CHUNKS = 16
+_MOST_WORK = 512
+# One program computes while the other waits for the first keys of its chunk.
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+# Sequences or chunks that a program plans, and chunks that it merges, at a time.
+_BLOCK = 128
+_MERGED = 16
+# A window beyond every context.
+_ALL = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Which pages a decode step reads for whom, and how their parts add up; built once per step.
+
+    An entry is one page read for one sequence. Entries are ordered so that pages follow each other
+    in the pool; where several sequences share a page, each reads it in a round of its own.
+
+    Attributes:
+        n_sequences: S.
+        owner: [entries] int64 – sequence of each entry.
+        runs: (first page, pages) of the leading entries, each a run of consecutive pages.
+        gathered: [n] int64 – pages of the remaining entries.
+        partial: [m] int64 – entries of which only some slots are visible.
+        partial_pages: [m] int64 – their pages.
+        hidden: [m, page_size] bool – slots of theirs that must not be read.
+        levels: (left, right) entry indices per level of the sum over a sequence's pages: the rows
+            `left`, the first of them plus the rows `right`, are the entries of the next level.
+        result: [S] int64 – row of the last level that holds each sequence's sum.
+    """
+
+    n_sequences: int
+    owner: Tensor
+    runs: tuple[tuple[int, int], ...]
+    gathered: Tensor
+    partial: Tensor
+    partial_pages: Tensor
+    hidden: Tensor
+    levels: tuple[tuple[Tensor, Tensor], ...]
+    result: Tensor
+
+
+def plan_decode(
+    page_table: Sequence[Sequence[int]],
+    context_len: Sequence[int],
+    page_size: int,
+    window: int | None,
+    device: torch.device,
+    *,
+    token_bytes: int = 512,
+) -> DecodePlan:
+    """Lay out one decode step: host work once per step, shared by all layers of one page shape.
+
+    Args:
+        page_table: per sequence the pages of its context; entries beyond it are ignored.
+        context_len: per sequence the keys visible to its query, the query's own included; ≥ 1.
+        page_size: tokens per page.
+        window: keys a query sees at most, its own included; None for all.
+        device: of the pools.
+        token_bytes: bytes of one token's keys in one layer; decides which runs are worth a view.
+
+    Raises:
+        ValueError: a context is empty or longer than its pages.
+    """
+    ends = np.asarray(context_len, dtype=np.int64)
+    starts = np.maximum(ends - window, 0) if window is not None else np.zeros_like(ends)
+    first_page, end_page = starts // page_size, -(-ends // page_size)
+    for row, (pages, end) in enumerate(zip(page_table, ends, strict=True)):
+        if not 0 < end <= len(pages) * page_size:
+            raise ValueError(
+                f"context_len[{row}] is {end}, wanted 1 to {len(pages) * page_size},"
+                f" the room in {len(pages)} pages of {page_size}"
+            )
+    visible = [
+        np.asarray(pages, dtype=np.int64)[a:b]
+        for pages, a, b in zip(page_table, first_page, end_page, strict=True)
+    ]
+    counts = end_page - first_page
+    page = np.concatenate(visible)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    ordinal = np.arange(len(page)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins_at = (ordinal + first_page[owner]) * page_size
+    first = np.maximum(starts[owner] - begins_at, 0)
+    last = np.minimum(ends[owner] - begins_at, page_size)
+
+    order, runs = _order(page, max(1, _GATHER_BYTES // (page_size * token_bytes)))
+    n_viewed = sum(n for _, n in runs)
+    is_partial = (first > 0) | (last < page_size)
+    partial = np.flatnonzero(is_partial[order])
+    slots = np.arange(page_size)
+    cut = order[partial]
+    hidden = (slots < first[cut, None]) | (slots >= last[cut, None])
+    levels, result = _sum_levels(np.argsort(order), owner, ordinal)
+
+    def put(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+
+    return DecodePlan(
+        n_sequences=len(counts),
+        owner=put(owner[order]),
+        runs=runs,
+        gathered=put(page[order[n_viewed:]]),
+        partial=put(partial),
+        partial_pages=put(page[cut]),
+        hidden=put(hidden),
+        levels=tuple((put(left), put(right)) for left, right in levels),
+        result=put(result),
+    )
+
+
+def _order(page: np.ndarray, least: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """Entry order with runs of at least `least` consecutive pages first, and those runs."""
+    by_page = np.argsort(page, kind="stable")
+    ordered = page[by_page]
+    turn = np.arange(len(page)) - np.searchsorted(ordered, ordered)
+    by_turn = np.lexsort((ordered, turn))
+    order, ordered, turn = by_page[by_turn], ordered[by_turn], turn[by_turn]
+    breaks = np.flatnonzero((np.diff(ordered) != 1) | (np.diff(turn) != 0)) + 1
+    begin = np.concatenate(([0], breaks))
+    length = np.diff(np.concatenate((begin, [len(page)])))
+    is_long = length >= least
+    runs = tuple(zip(ordered[begin[is_long]].tolist(), length[is_long].tolist(), strict=True))
+    viewed = np.repeat(is_long, length)
+    return np.concatenate((order[viewed], order[~viewed])), runs
+
+
+def _sum_levels(
+    row: np.ndarray, owner: np.ndarray, ordinal: np.ndarray
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """Pairwise sums over the pages of every sequence at once.
+
+    Args:
+        row: where each part lies, sorted by (owner, ordinal).
+        owner: sequence of each part.
+        ordinal: place of the part within its sequence.
+
+    Page 0 adds to page 1, 2 to 3, then the sums pairwise: an order that depends on the places
+    within the sequence alone, not on which pages they are or who else is in the batch.
+    """
+    levels = []
+    while ordinal.any():
+        right = np.flatnonzero(ordinal % 2)
+        left = np.flatnonzero(ordinal % 2 == 0)
+        is_paired = np.isin(left + 1, right)
+        levels.append((np.concatenate((row[left[is_paired]], row[left[~is_paired]])), row[right]))
+        owner, ordinal = owner[left], ordinal[left] // 2
+        row = np.empty_like(left)
+        row[is_paired] = np.arange(len(right))
+        row[~is_paired] = np.arange(len(right), len(left))
+    return levels, row
+
+
+def _torch(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    _, heads, head_dim = q.shape
+    kv_heads = k_pages.shape[1]
+    grouped = q.view(plan.n_sequences, kv_heads, heads // kv_heads, head_dim)
+
+    score = _multiply(grouped.index_select(0, plan.owner), k_pages, plan, transposed=True)
+    if len(plan.partial):
+        seen = score.index_select(0, plan.partial)
+        seen.masked_fill_(plan.hidden[:, None, None, :], -torch.inf)
+        score.index_copy_(0, plan.partial, seen)
+
+    weight = score.float()
+    peak = weight.amax(dim=-1).flatten(1)
+    highest = peak.new_full((plan.n_sequences, heads), -torch.inf)
+    # A maximum is exact in any order.
+    highest.scatter_reduce_(0, plan.owner.unsqueeze(1).expand_as(peak), peak, "amax")
+    highest = highest.index_select(0, plan.owner).view(*score.shape[:3], 1)
+    weight = weight.sub_(highest).mul_(scale).exp_()
+    mass = weight.sum(dim=-1, keepdim=True)
+    weight = weight.to(q.dtype)
+
+    part = _multiply(weight, v_pages, plan, transposed=False)
+    # A weight of zero does not silence a NaN in a slot that is not this sequence's. They are rare,
+    # and without one the masked product below is bitwise the one above: look before the copy.
+    if bool(part.index_select(0, plan.partial).isnan().any()):
+        v = v_pages.index_select(0, plan.partial_pages)
+        v.masked_fill_(plan.hidden[:, None, :, None], 0)
+        redone = _products(weight.index_select(0, plan.partial), v, transposed=False)
+        part.index_copy_(0, plan.partial, redone)
+
+    sums = torch.cat((part, mass), dim=-1)
+    for left, right in plan.levels:
+        below = sums
+        sums = below.index_select(0, left)
+        sums[: len(right)] += below.index_select(0, right)
+    sums = sums.index_select(0, plan.result)
+    return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)
+
+
+def _multiply(rows: Tensor, pool: Tensor, plan: DecodePlan, *, transposed: bool) -> Tensor:
+    """rows[entry] @ pool[page of the entry], or its transpose, for all entries of the plan."""
+    at = 0
+    blocks = []
+    for page, n in plan.runs:
+        pages = pool[page : page + n]
+        blocks.append(_products(rows[at : at + n], pages, transposed=transposed))
+        at += n
+    if len(plan.gathered):
+        pages = pool.index_select(0, plan.gathered)
+        blocks.append(_products(rows[at:], pages, transposed=transposed))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
+    """rows @ pages (or its transpose) per entry and kv head, rounded alike for any number of them.
+
+    Args:
+        rows: [n, kv_heads, group, a].
+        pages: [n, kv_heads, a, b], or [n, kv_heads, b, a] if transposed.
+        transposed: multiply by the transposed pages.
+    """
+    n, kv_heads, group, _ = rows.shape
+    least = max(_LEAST_MATRICES, -(-_LEAST_PRODUCT // (group * pages.shape[2] * pages.shape[3])))
+    blocks = []
+    at = 0
+    for size in _common_sizes(n):
+        left, right = rows[at : at + size], pages[at : at + size]
+        at += size
+        if size * kv_heads < least:
+            times = -(-least // (size * kv_heads))
+            left, right = left.repeat(times, 1, 1, 1), right.repeat(times, 1, 1, 1)
+        matrices = right.flatten(0, 1)
+        product = torch.bmm(left.flatten(0, 1), matrices.mT if transposed else matrices)
+        blocks.append(product[: size * kv_heads])
+    product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return product.view(n, kv_heads, group, product.shape[2])
+
+
+def _common_sizes(n: int) -> Iterator[int]:
+    """Sizes that sum to n, of at most `_SIZES_PER_OCTAVE` per octave; all n below twice that."""
+    while n:
+        step = max(1, (1 << n.bit_length() - 1) // _SIZES_PER_OCTAVE)
+        yield n - n % step
+        n %= step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """Which chunks of which contexts a decode step reads; made on the device, S sequences.
+
+    Attributes:
+        page_table: [S, P] int32 – pages of every context.
+        n_work: [1] int32 – chunks of all sequences.
+        work: [W, 4] int32 – per chunk its sequence, the offset of that one's pages in the page
+            table, the first key, and the key behind the last; W is the most there can be.
+        work_start: [S] int32 – first chunk of every sequence.
+        n_chunks: [S] int32 – chunks of every sequence.
+        partial: [W, heads, head_dim] float32 – scratch: results of the chunks.
+        log_mass: [W, heads] float32 – scratch: base-2 logarithms of their softmax masses.
+    """
+
+    page_table: Tensor
+    n_work: Tensor
+    work: Tensor
+    work_start: Tensor
+    n_chunks: Tensor
+    partial: Tensor
+    log_mass: Tensor
+
+
+def plan_split(
+    page_table: Tensor,
+    context_len: Tensor,
+    k_pages: Tensor,
+    heads: int,
+    window: int | None,
+    *,
+    least_chunk: int = _LEAST_CHUNK,
+) -> SplitPlan:
+    """Lay out one decode step on the device, for all layers of one window; reads no tensor there.
+
+    A context is cut into chunks of equal length, which depends on its own length alone, so that a
+    sequence's result does not depend on its neighbours. A captured graph may contain this call.
+
+    Args:
+        page_table: [S, P] int32 – pages of every context (read); entries behind it are not read.
+        context_len: [S] int32 – keys visible to each query, the query's own included (read); the
+            result of a row that has none is 0.
+        k_pages: [pages, kv_heads, page_size, head_dim] – any layer's keys, for their shape.
+        heads: query heads.
+        window: keys a query sees at most, its own included; None for all.
+        least_chunk: keys of a chunk, at least.
+
+    Raises:
+        ValueError: an argument's shape or dtype does not fit the others.
+    """
+    n, device = page_table.shape[0], k_pages.device
+    check(page_table, "page_table", shape=(n, None), dtype=torch.int32, device=device, dense=1)
+    check(context_len, "context_len", shape=(n,), dtype=torch.int32, device=device, dense=1)
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    tile, _ = tile_of(head_dim, k_pages.dtype)
+    if least_chunk % tile:
+        raise ValueError(f"least_chunk is {least_chunk}, wanted a multiple of {tile}, a tile")
+    limit = max(_MOST_CHUNKS, _MOST_WORK // kv_heads)
+    room = page_table.shape[1] * page_size
+    if window is not None:
+        room = min(room, window + tile)
+    n_most = n * min(limit, -(-room // least_chunk))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    plan = SplitPlan(
+        page_table=page_table,
+        n_work=empty(1),
+        work=empty(n_most, 4),
+        work_start=empty(n),
+        n_chunks=empty(n),
+        partial=empty(n_most, heads, head_dim, dtype=torch.float32),
+        log_mass=empty(n_most, heads, dtype=torch.float32),
+    )
+    _plan_kernel[(n,)](
+        plan.n_work,
+        plan.work,
+        plan.work_start,
+        plan.n_chunks,
+        context_len,
+        page_table.stride(0),
+        _ALL if window is None else window,
+        limit,
+        TILE=tile,
+        LEAST=least_chunk,
+        BLOCK=_BLOCK,
+    )
+    return plan
+
+
+@jit
+def _split(end, window, limit, TILE: tl.constexpr, LEAST: tl.constexpr):
+    """First key of a context that is seen, where its chunks begin, their length and number."""
+    first = tl.maximum(end - window, 0)
+    base = first // TILE * TILE
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(end - base, limit), TILE) * TILE, LEAST)
+    # An empty context has a chunk without keys: somebody must write its result.
+    return first, base, chunk, tl.maximum(tl.cdiv(end - base, chunk), 1)
+
+
+@jit
+def _plan_kernel(
+    n_work_ptr,
+    work_ptr,
+    work_start_ptr,
+    n_chunks_ptr,
+    context_len_ptr,
+    page_table_stride,
+    window,
+    limit,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program per sequence; each counts the chunks of those before it.
+    sequence = tl.program_id(0)
+    before = tl.zeros([BLOCK], tl.int64)
+    for at in range(0, sequence, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        end = tl.load(context_len_ptr + i, i < sequence, other=0)
+        _, _, _, n = _split(end, window, limit, TILE, LEAST)
+        before += tl.where(i < sequence, n, 0)
+    place = tl.sum(before)
+    end = tl.load(context_len_ptr + sequence)
+    first, base, chunk, n = _split(end, window, limit, TILE, LEAST)
+    tl.store(work_start_ptr + sequence, place)
+    tl.store(n_chunks_ptr + sequence, n)
+    if sequence == tl.num_programs(0) - 1:
+        tl.store(n_work_ptr, place + n)
+    for at in range(0, n, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        is_in = i < n
+        row = work_ptr + (place + i) * 4
+        tl.store(row, sequence, is_in)
+        tl.store(row + 1, sequence * page_table_stride, is_in)
+        tl.store(row + 2, tl.maximum(base + i * chunk, first), is_in)
+        tl.store(row + 3, tl.minimum(base + (i + 1) * chunk, end), is_in)
+
+
+@jit
+def _chunk_kernel(
+    out_ptr,
+    partial_ptr,
+    log_mass_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    n_work_ptr,
+    work_ptr,
+    n_chunks_ptr,
+    scale,
+    q_stride,
+    q_head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    # Each program takes every n-th pair of a chunk and a kv head, head fastest, as the heads of a
+    # page are neighbours. ROWS ≥ GROUP and WIDTH ≥ HEAD_DIM are padded; `scale` includes log2(e).
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    is_head = row < GROUP
+    is_column = column < HEAD_DIM
+    for i in range(tl.program_id(0), tl.load(n_work_ptr) * KV_HEADS, tl.num_programs(0)):
+        chunk = tl.cast(i // KV_HEADS, tl.int64)
+        kv_head = tl.cast(i % KV_HEADS, tl.int64)
+        work = work_ptr + chunk * 4
+        sequence = tl.load(work).to(tl.int64)
+        page_table = page_table_ptr + tl.load(work + 1)
+        begin, end = tl.load(work + 2), tl.load(work + 3)
+        head = kv_head * GROUP + row
+        is_q = is_head & is_column
+        query = q_ptr + sequence * q_stride + head * q_head_stride + column
+        q = tl.load(query, is_q, other=0.0)
+
+        peak = tl.full([ROWS], -float("inf"), tl.float32)
+        # Per column of a tile, added up at the end only: a program's warps split the columns.
+        mass = tl.zeros([ROWS, TILE], tl.float32)
+        result = tl.zeros([ROWS, WIDTH], tl.float32)
+        first = begin - begin % TILE
+        page = pages_of(page_table, first, end, PAGE_SIZE, TILE)
+        for start in range(first, end, TILE):
+            key = start + tl.arange(0, TILE)
+            is_seen = (key >= begin) & (key < end)
+            is_in = is_seen[:, None] & is_column
+            rows = rows_of(page, start, kv_head, KV_HEADS, PAGE_SIZE, TILE)
+            page = pages_of(page_table, start + TILE, end, PAGE_SIZE, TILE)
+            at = rows[:, None] * HEAD_DIM + column
+            # What is not seen is not read: a weight of zero does not silence a NaN.
+            k = tl.load(k_ptr + at, is_in, other=0.0)
+            v = tl.load(v_ptr + at, is_in, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
+            score = tl.where(is_seen[None, :], score, -float("inf"))
+            weight, fade, peak = weigh(score, peak, scale)
+            mass = mass * fade[:, None] + weight
+            result = result * fade[:, None]
+            result = tl.dot(weight.to(v.dtype), v, result, input_precision="ieee")
+
+        total = tl.sum(mass, 1)
+        # A chunk without keys gives 0.
+        result /= tl.where(total == 0, 1.0, total)[:, None]
+        if tl.load(n_chunks_ptr + sequence) == 1:
+            vector = (sequence * (KV_HEADS * GROUP) + head) * HEAD_DIM + column
+            tl.store(out_ptr + vector, result.to(out_ptr.dtype.element_ty), is_q)
+        else:
+            place = chunk * (KV_HEADS * GROUP) + head
+            tl.store(partial_ptr + place * HEAD_DIM + column, result, is_q)
+            log_mass = peak * scale + tl.log2(total)
+            tl.store(log_mass_ptr + place, log_mass[:, None], is_head)
+
+
+@jit
+def _merge_kernel(
+    out_ptr,
+    partial_ptr,
+    log_mass_ptr,
+    work_start_ptr,
+    n_chunks_ptr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program per sequence and head, BLOCK chunks at a time in their order; WIDTH ≥ HEAD_DIM.
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    heads = tl.num_programs(1)
+    work_start = tl.load(work_start_ptr + sequence).to(tl.int64)
+    n_chunks = tl.load(n_chunks_ptr + sequence)
+    if n_chunks > 1:
+        column = tl.arange(0, WIDTH)
+        is_column = column < HEAD_DIM
+        peak = -float("inf")
+        mass = 0.0
+        result = tl.zeros([WIDTH], tl.float32)
+        for at in range(0, n_chunks, BLOCK):
+            chunk = at + tl.arange(0, BLOCK)
+            is_in = chunk < n_chunks
+            place = (work_start + chunk) * heads + head
+            log_mass = tl.load(log_mass_ptr + place, is_in, other=-float("inf"))
+            part = tl.load(
+                partial_ptr + place[:, None] * HEAD_DIM + column,
+                is_in[:, None] & is_column,
+                other=0.0,
+            )
+            higher = tl.maximum(peak, tl.max(log_mass, 0))
+            weight = tl.exp2(log_mass - higher)
+            fade = tl.exp2(peak - higher)
+            result = result * fade + tl.sum(weight[:, None] * part, 0)
+            mass = mass * fade + tl.sum(weight, 0)
+            peak = higher
+        at = out_ptr + (sequence * heads + head) * HEAD_DIM + column
+        tl.store(at, (result / mass).to(out_ptr.dtype.element_ty), is_column)
+
+
+def _triton(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: SplitPlan, scale: float) -> Tensor:
+    n, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    out = torch.empty((n, heads, head_dim), dtype=q.dtype, device=q.device)
+    tile, stages = tile_of(head_dim, k_pages.dtype)
+    width = padded(head_dim)
+    _chunk_kernel[(_n_programs(q.device),)](
+        out,
+        plan.partial,
+        plan.log_mass,
+        q,
+        k_pages,
+        v_pages,
+        plan.page_table,
+        plan.n_work,
+        plan.work,
+        plan.n_chunks,
+        scale * math.log2(math.e),
+        *q.stride()[:2],
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        ROWS=padded(heads // kv_heads),
+        WIDTH=width,
+        TILE=tile,
+        num_warps=4,
+        num_stages=stages,
+    )
+    if len(plan.work) > n:
+        _merge_kernel[(n, heads)](
+            out,
+            plan.partial,
+            plan.log_mass,
+            plan.work_start,
+            plan.n_chunks,
+            HEAD_DIM=head_dim,
+            WIDTH=width,
+            BLOCK=_MERGED,
+        )
+    return out
+
+
+def _n_programs(device: torch.device) -> int:
+    # Off a GPU only tests get here, and one "multiprocessor" is all there is.
+    is_cuda = device.type == "cuda"
+    n = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
+    return n * _PROGRAMS_PER_MULTIPROCESSOR
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan | SplitPlan, scale: float
+) -> Tensor:
+    """Attend from one query per sequence to the visible keys of its pages.
+
+    Semantics: o[s, h, :] = Σ_j softmax_j(scale · q[s, h, :] · K[s, j, g, :]) V[s, j, g, :], with
+    g = h // group and j over the visible tokens of sequence s. The plan decides the path. In torch,
+    every (entry, kv head) is one matrix of a batched product over a view of the pool: no key or
+    value is copied, except those of short runs, which are gathered. In Triton, every (chunk, kv
+    head) is read once, and the chunks' results are merged in their order by a second kernel.
+
+    Weights are rounded to q's dtype before the second product, in torch also scores after the
+    first; softmax itself is float32. A sequence's result is bitwise the same alone, among any
+    neighbours and on whatever pages. Unused slots may hold anything, NaN included.
+
+    Args:
+        q: [sequences, heads, head_dim] float – rotated queries (read); heads may lie apart.
+        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – keys (read).
+        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – values (read).
+        plan: from `plan_decode` or `plan_split`, for the same sequences.
+        scale: factor of the scores, positive, usually 1 / sqrt(head_dim).
+
+    Returns:
+        [sequences, heads, head_dim] of q's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype, layout or device does not fit the others.
+    """
+    if isinstance(plan, SplitPlan):
+        n, (_, heads, head_dim) = len(plan.n_chunks), plan.partial.shape
+        check(q, "q", shape=(n, heads, head_dim), device=plan.work.device, dense=1)
+        check_pools(q, k_pages, v_pages, None, dense=4)
+        return _triton(q, k_pages, v_pages, plan, scale)
+    check(q, "q", shape=(plan.n_sequences, None, None), device=plan.owner.device)
+    check_pools(q, k_pages, v_pages, plan.hidden.shape[1])
+    return _torch(q, k_pages, v_pages, plan, scale)
