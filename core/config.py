@@ -29,6 +29,7 @@ class ModelSettings:
     dtype: str = _text("auto", "auto, float32, bfloat16 or float16")
     device: str = _text("auto", "auto, cpu or cuda")
     max_len: int | None = _text(None, "longest sequence in tokens; default is the model's own")
+    eager: bool = _text(False, "launch every kernel anew instead of replaying CUDA graphs")
     seed: int = _text(0, "seed from which requests without one draw theirs")
 
 
@@ -55,6 +56,9 @@ class SchedulerSettings:
     policy: str = _text("fcfs", "fcfs or priority")
     max_queued: int = _text(
         1024, "sequences that may wait beside those that run; more are answered 429"
+    )
+    overlaps: bool | None = _text(
+        None, "plan a step while the device computes the one before; default is on for cuda"
     )
 
 
@@ -181,6 +185,7 @@ class Hardware:
     name: str
     free_bytes: int
     """Memory of the device that is free before the model is loaded."""
+    total_bytes: int
     has_bfloat16: bool
     """Whether bfloat16 matrix products run at full speed."""
 
@@ -207,4 +212,11 @@ def resolve(
             is_small = checkpoint_bytes < SMALL_BYTES
             dtype = "bfloat16" if hardware.has_bfloat16 and dtype == "float16" else dtype
             dtype = dtype if hardware.has_bfloat16 and not is_small else "float32"
-    return dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, device=device))
+    overlaps = config.scheduler.overlaps
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, dtype=dtype, device=device),
+        scheduler=dataclasses.replace(
+            config.scheduler, overlaps=device == "cuda" if overlaps is None else overlaps
+        ),
+    )

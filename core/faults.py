@@ -19,6 +19,8 @@ class InjectedFault(RuntimeError):
 class _Armed:
     point: str
     nth: int
+    times: int
+    error: type[Exception]
     hits: int = 0
 
 
@@ -26,19 +28,21 @@ _armed: ContextVar[_Armed | None] = ContextVar("kvfold_armed_fault", default=Non
 
 
 def hit(point: str) -> None:
-    """Raise `InjectedFault` when a test armed this point and this is the chosen hit."""
+    """Raise what a test armed this point with, when this is a chosen hit."""
     armed = _armed.get()
     if armed is None or armed.point != point:
         return
     armed.hits += 1
-    if armed.hits == armed.nth:
-        raise InjectedFault(f"{point}, hit {armed.nth}")
+    if armed.nth <= armed.hits < armed.nth + armed.times:
+        raise armed.error(f"{point}, hit {armed.hits}")
 
 
 @contextmanager
-def arm(point: str, nth: int = 1) -> Iterator[_Armed]:
-    """Make the `nth` hit of `point` raise inside this context; yields the counter."""
-    armed = _Armed(point, nth)
+def arm(
+    point: str, nth: int = 1, times: int = 1, error: type[Exception] = InjectedFault
+) -> Iterator[_Armed]:
+    """Make `times` hits of `point`, from the `nth`, raise inside this context; yields the count."""
+    armed = _Armed(point, nth, times, error)
     token = _armed.set(armed)
     try:
         yield armed

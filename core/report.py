@@ -27,6 +27,11 @@ class EngineInfo:
     identity: str
     """Fingerprint of the model; goes into `system_fingerprint`."""
     load_s: float
+    n_graphs: int = 0
+    """Decode steps recorded as CUDA graphs, one per batch size."""
+    graph_bytes: int = 0
+    graph_s: float = 0.0
+    """Seconds that recording took; part of `load_s`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

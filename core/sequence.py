@@ -10,6 +10,9 @@ from enum import StrEnum
 
 from .errors import ErrorFields
 
+PENDING = -1
+"""Stands in `Sequence.tokens` for a token that the step in flight is still drawing."""
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
@@ -85,8 +88,10 @@ class Sequence:
     index: int = 0
     tokens: list[int] = field(default_factory=list)
     """Prompt, then generated. Empty in a fork until the step that completes its prompt."""
+    pending_row: int | None = None
+    """While the last of `tokens` is `PENDING`: the row of the step in flight that draws it."""
     n_computed: int = 0
-    """Leading tokens whose keys and values are in the cache."""
+    """Leading tokens whose keys and values are in the cache, or will be before the next step."""
     n_planned: int = 0
     """Tokens that this step computes."""
     n_cached: int = 0
@@ -121,8 +126,13 @@ class Sequence:
 
     @property
     def n_generated(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, a pending one included."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def n_known(self) -> int:
+        """Leading tokens that are not `PENDING`."""
+        return len(self.tokens) - (self.pending_row is not None)
 
     @property
     def n_uncomputed(self) -> int:

@@ -1,9 +1,16 @@
-"""Requests become tokens: one step is schedule, forward, sample, commit."""
+"""Requests become tokens: a step is scheduled, launched, and taken in when its tokens arrive.
+
+Where steps overlap, the host schedules and launches the next one while the device still works on
+the one before. Nothing is then guessed: the next step takes the tokens that are being drawn from
+the device, each a placeholder on the host, and a sequence is never scheduled past its `max_tokens`.
+Only a stop token comes as a surprise, one step late; what was computed beyond it is dropped.
+"""
 
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
@@ -11,14 +18,17 @@ from tqdm import tqdm
 from ..cache.registry import backend
 from ..core import faults
 from ..core.config import Config, resolve
-from ..core.errors import KvfoldError, NotFound, TooLong
+from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
 from ..core.report import EngineInfo, EngineStats
-from ..core.sequence import FinishReason, Output, Request, Sequence, TokenLogprobs
+from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..demo.where import model_dir
 from ..models.loader import load, locate, read_config, weight_bytes
+from .device import open_device
+from .graphs import Graphs, recorded_sizes
 from .loop import error_output
 from .plan import keep_freed_memory, pages_that_fit, probe, served_len
-from .runner import Draw, Runner
+from .profile import find_budget
+from .runner import Draw, Flight, Runner
 from .scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -41,7 +51,7 @@ class Engine:
         architecture = read_config(path)
         hardware = probe(config.model.device)
         config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
-        device = torch.device(config.model.device)
+        device = open_device(config.model.device)
         dtype = getattr(torch, config.model.dtype)
         max_len = served_len(config.model.max_len, architecture.max_position)
         # tqdm's own lock is a semaphore of the system, which a killed process leaves behind.
@@ -53,14 +63,18 @@ class Engine:
                 bar.total = n_bytes
                 bar.update(n_done - bar.n)
 
-            model = load(path, dtype, device, max_len, show)
-        spec = model.cache_spec(config.cache.page_size, max_len, dtype, device)
+            model = load(path, dtype, device.device, max_len, show)
+        spec = model.cache_spec(config.cache.page_size, max_len, dtype, device.device)
         footprint = kind.footprint(spec, options)
-        n_pages = pages_that_fit(
-            spec, footprint, config.cache, config.scheduler, hardware.free_bytes - model.nbytes
-        )
+        records = kind.graphable and not (device.is_host or config.model.eager)
+        budget = find_budget(config, hardware, model, kind, options, spec, device, records=records)
+        n_pages = pages_that_fit(spec, footprint, config.scheduler, budget)
         cache = kind(spec, model.rotary, options, n_pages)
         model.bind(cache)
+        graphs = None
+        if records:
+            sizes = recorded_sizes(config.scheduler.max_sequences)
+            graphs = Graphs(model, cache, device, spec, sizes)
         self.info = EngineInfo(
             architecture=architecture.architecture,
             dtype=config.model.dtype,
@@ -78,11 +92,18 @@ class Engine:
             kv_tokens=cache.n_total_tokens,
             identity=spec.identity,
             load_s=time.monotonic() - started,
+            n_graphs=0 if graphs is None else len(graphs),
+            graph_bytes=0 if graphs is None else graphs.nbytes,
+            graph_s=0.0 if graphs is None else graphs.record_s,
         )
+        self._overlaps = bool(config.scheduler.overlaps)
+        self._device = device
         self._cache = cache
         self._scheduler = Scheduler(config.scheduler, cache)
-        self._runner = Runner(model, cache, config.cache.page_size, device)
+        self._runner = Runner(model, cache, config.cache.page_size, device, graphs)
         self._sequences: dict[str, list[Sequence]] = {}
+        # Launched and not yet taken in; between steps at most one.
+        self._flights: deque[Flight] = deque()
         self._n_requests = 0
         self._n_steps = self._prompt_tokens = self._generated_tokens = 0
         self._step_tokens, self._step_s = 0, 0.0
@@ -141,13 +162,16 @@ class Engine:
 
     def fail_all(self, error: KvfoldError) -> list[Output]:
         """End every request with an error; the engine is empty and consistent afterwards."""
-        outputs = [
-            error_output(seq.request.id, seq.index, error)
-            for sequences in self._sequences.values()
-            for seq in sequences
-            if seq.finish is None
-        ]
-        for request_id in list(self._sequences):
+        return self._fail(list(self._sequences), error)
+
+    def _fail(self, request_ids: Iterable[str], error: KvfoldError) -> list[Output]:
+        outputs = []
+        for request_id in request_ids:
+            outputs += [
+                error_output(request_id, seq.index, error)
+                for seq in self._sequences[request_id]
+                if seq.finish is None
+            ]
             self.abort(request_id)
         return outputs
 
@@ -155,7 +179,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Output]:
-        """Advance every sequence that has room by its planned tokens; at most one output each."""
+        """Launch a step, and take in the one before it or, where none overlap, this one.
+
+        A sequence has at most one output of each step that is taken in: of two when this one is
+        awaited and the one before was not.
+        """
         started = time.monotonic()
         planned = self._scheduler.schedule()
         for seq in planned:
@@ -166,48 +194,103 @@ class Engine:
                     # From here on it draws tokens of its own; a queue of prompts times n would
                     # hold each prompt n times.
                     fork.tokens = list(seq.request.prompt)
-        faults.hit("engine.step")
-        draws = self._runner.run(planned)
-        self._n_steps += 1
         self._step_tokens = sum(seq.n_planned for seq in planned)
-        prompted = []
+        outputs: list[Output] = []
+        n_ahead = 0
+        faults.hit("engine.step")
+        if planned:
+            self._n_steps += 1
+            flight, outputs = self._launch(planned)
+            if flight is not None:
+                self._flights.append(flight)
+                n_ahead = int(self._overlaps and not flight.is_awaited)
+        while len(self._flights) > n_ahead:
+            outputs += self._take_in(self._flights.popleft())
+        self._step_s = time.monotonic() - started
+        return outputs
+
+    def _launch(self, planned: list[Sequence]) -> tuple[Flight | None, list[Output]]:
+        """Launch what is planned; when the device has no memory for it, a smaller part of that.
+
+        When it has none for the part either, the requests in it end with an error, and only they.
+        """
+        flight = self._attempt(planned)
+        if flight is None:
+            planned = _smaller(planned)
+            flight = self._attempt(planned)
+        if flight is not None:
+            self._account(planned, flight)
+            return flight, []
+        told = Overloaded(
+            "the device has no memory left to compute this request; try again later, or start the "
+            "server with a lower --gpu-memory-utilization or --max-num-batched-tokens",
+            code="out_of_memory",
+            retry_after_s=1.0,
+        )
+        return None, self._fail(dict.fromkeys(seq.request.id for seq in planned), told)
+
+    def _attempt(self, planned: list[Sequence]) -> Flight | None:
+        try:
+            return self._runner.launch(planned)
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for a step of %d sequences: %s", len(planned), error)
+        # Outside the handler: the exception holds on to what the step had allocated.
+        self._device.trim()
+        return None
+
+    def _account(self, planned: list[Sequence], flight: Flight) -> None:
+        """Put the sequences of a launched step where they will be when it is done."""
         for seq in planned:
             is_prompt_left = seq.n_computed < seq.n_prompt
             seq.n_computed += seq.n_planned
             seq.n_planned = 0
             self._cache.commit(seq)
             if is_prompt_left and seq.n_computed >= seq.n_prompt:
-                prompted.append(seq)
                 self._part(seq)
-        outputs = [self._advance(draw, draw.sequence in prompted) for draw in draws]
-        self._step_s = time.monotonic() - started
+        for row, draw in enumerate(flight.draws):
+            seq = draw.sequence
+            # A last token is never computed, so nothing has to stand in for it.
+            if seq.n_generated + 1 < seq.request.sampling.max_tokens:
+                seq.tokens.append(PENDING)
+                seq.pending_row = row
+
+    def _take_in(self, flight: Flight) -> list[Output]:
+        """Wait for what a step drew; sequences that ended in the meantime have no use for it."""
+        drawn = iter(flight.arrive())
+        outputs = []
+        for draw in flight.draws:
+            token, logprobs = next(drawn) if draw.wants_token else (None, None)
+            if draw.sequence.finish is None:
+                outputs.append(self._advance(draw, token, logprobs))
         return outputs
 
-    def _advance(self, draw: Draw, is_prompted: bool) -> Output:
-        """Take in what was drawn for a sequence whose context is now complete.
-
-        `is_prompted` says that this step computed the end of its prompt.
-        """
+    def _advance(self, draw: Draw, token: int | None, logprobs: TokenLogprobs | None) -> Output:
+        """Take in what was drawn for a sequence, which may have been launched again since."""
         seq = draw.sequence
         sampling = seq.request.sampling
-        leads = is_prompted and seq.n_generated == 0
-        if draw.token is not None:
-            seq.tokens.append(draw.token)
+        n_generated = draw.at - seq.n_prompt
+        if token is not None:
+            n_generated += 1
+            # In place of the placeholder, or at the end.
+            seq.tokens[draw.at : draw.at + 1] = [token]
+            if len(seq.tokens) == draw.at + 1:
+                seq.pending_row = None
             self._generated_tokens += 1
-            if draw.token in sampling.stop_token_ids and seq.n_generated >= sampling.min_tokens:
+            if token in sampling.stop_token_ids and n_generated >= sampling.min_tokens:
                 seq.finish = FinishReason.STOP
-        if seq.finish is None and seq.n_generated >= sampling.max_tokens:
+        if seq.finish is None and n_generated >= sampling.max_tokens:
             seq.finish = FinishReason.LENGTH
-        if leads:
+        if draw.leads:
             self._prompt_tokens += seq.n_prompt
+        is_scored = draw.leads and sampling.prompt_logprobs is not None
         output = Output(
             id=seq.request.id,
             index=seq.index,
-            tokens=() if draw.token is None else (draw.token,),
-            logprobs=None if draw.logprobs is None else (draw.logprobs,),
-            prompt_logprobs=self._scored_prompt(seq) if leads else None,
+            tokens=() if token is None else (token,),
+            logprobs=None if logprobs is None else (logprobs,),
+            prompt_logprobs=(None, *draw.scored) if is_scored else None,
             finish=seq.finish,
-            stop_token=draw.token if seq.finish is FinishReason.STOP else None,
+            stop_token=token if seq.finish is FinishReason.STOP else None,
             n_cached=seq.n_cached,
             scheduled_at=seq.scheduled_at,
             n_preempted=seq.n_preempted,
@@ -224,12 +307,6 @@ class Engine:
             self._scheduler.fork(seq, fork)
         seq.forks = []
 
-    @staticmethod
-    def _scored_prompt(seq: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
-        if seq.request.sampling.prompt_logprobs is None:
-            return None
-        return (None, *seq.prompt_logprobs)
-
     def _retire(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
         self._forget_if_over(seq.request.id)
@@ -237,6 +314,9 @@ class Engine:
     def _forget_if_over(self, request_id: str) -> None:
         if all(seq.finish is not None for seq in self._sequences.get(request_id, ())):
             self._sequences.pop(request_id, None)
+        if not self._sequences:
+            # Nobody waits for what is still under way.
+            self._flights.clear()
 
     # Reports.
 
@@ -266,3 +346,13 @@ class Engine:
             step_s=self._step_s,
             n_free_pages=self._cache.n_free_tokens // self.info.page_size,
         )
+
+
+def _smaller(planned: list[Sequence]) -> list[Sequence]:
+    """The first half of a step, or of its only sequence's tokens; the rest is not planned."""
+    kept = planned[: max(1, len(planned) // 2)]
+    if kept == planned:
+        planned[0].n_planned = max(1, planned[0].n_planned // 2)
+    for seq in planned[len(kept) :]:
+        seq.n_planned = 0
+    return kept

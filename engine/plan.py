@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..cache.base import CacheSpec, Footprint
-from ..core.config import CacheSettings, Hardware, SchedulerSettings
+from ..core.config import Hardware, SchedulerSettings
 from ..core.errors import Refused
 
 CPU_POOL_BYTES = 4 * 2**30
@@ -56,16 +57,19 @@ def probe(device: str) -> Hardware:
             param="device",
         )
     if device != "cpu" and torch.cuda.is_available():
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
         return Hardware(
             device="cuda",
             name=torch.cuda.get_device_name(),
-            free_bytes=torch.cuda.mem_get_info()[0],
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
             has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
         )
     return Hardware(
         device="cpu",
         name=_cpu_name(),
         free_bytes=_cpu_free_bytes(),
+        total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         has_bfloat16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     )
 
@@ -99,33 +103,70 @@ def served_len(wanted: int | None, max_position: int) -> int:
     return max_position if wanted is None else wanted
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that the KV pool may take."""
+
+    n_bytes: int
+    """Negative where the rest alone is too much."""
+    origin: str
+    """Where that comes from, in the words of a refusal."""
+    fix: str
+    """What would raise it."""
+    is_wish: bool = False
+    """Whether these bytes were asked for, rather than being what there is."""
+
+
+def wished_budget(memory_bytes: int) -> Budget:
+    """The pool that was asked for."""
+    origin = f"--kv-cache-memory-bytes {memory_bytes:,}"
+    return Budget(memory_bytes, origin, "raise --kv-cache-memory-bytes", is_wish=True)
+
+
+def cpu_budget(free_bytes: int, share: float) -> Budget:
+    """A share of the host memory that is free beside the weights, up to a limit."""
+    n_bytes = min(int(free_bytes * share), CPU_POOL_BYTES)
+    origin = f"the memory of this machine, {free_bytes:,} bytes free beside the weights,"
+    return Budget(n_bytes, origin, "raise --kv-cache-memory-bytes")
+
+
+def device_budget(
+    hardware: Hardware, share: float, *, held_bytes: int, step_bytes: int, graph_bytes: int
+) -> Budget:
+    """What a share of the device's memory leaves beside this server's own needs.
+
+    `held_bytes` are taken since the device was probed, by the weights above all; `step_bytes` are
+    what the largest step takes for a moment, and `graph_bytes` what recording will take.
+    """
+    limit = min(int(hardware.total_bytes * share), hardware.free_bytes)
+    return Budget(
+        limit - held_bytes - step_bytes - graph_bytes,
+        f"--gpu-memory-utilization {share} of {hardware.total_bytes:,} bytes, {limit:,} of them to "
+        f"be had, less {held_bytes:,} for the weights, {step_bytes:,} for the largest step and "
+        f"{graph_bytes:,} for CUDA graphs,",
+        "raise --gpu-memory-utilization, or lower --max-num-batched-tokens or --max-num-seqs,",
+    )
+
+
 def pages_that_fit(
-    spec: CacheSpec,
-    footprint: Footprint,
-    cache: CacheSettings,
-    scheduler: SchedulerSettings,
-    free_bytes: int,
+    spec: CacheSpec, footprint: Footprint, scheduler: SchedulerSettings, budget: Budget
 ) -> int:
-    """Pages of the pool, scratch included, in the memory that is free beside the weights.
+    """Pages of the pool, scratch included, in a budget.
 
     Raises `Refused` when that does not hold one sequence of `spec.max_len` tokens.
     """
     page_bytes = footprint.bytes_per_token * spec.page_size
     pages_of_longest = -(-spec.max_len // spec.page_size)
-    budget = cache.memory_bytes
-    if budget is None:
-        budget = int(free_bytes * cache.memory_share)
-        if spec.device.type == "cpu":
-            budget = min(budget, CPU_POOL_BYTES)
+    n_pages = max(0, budget.n_bytes) // page_bytes
+    if not budget.is_wish:
         # More than every sequence at full length could never be used.
-        budget = min(budget, (scheduler.max_sequences * pages_of_longest + 1) * page_bytes)
-    n_pages = budget // page_bytes
+        n_pages = min(n_pages, scheduler.max_sequences * pages_of_longest + 1)
     if n_pages < pages_of_longest + 1:
         raise Refused(
-            f"a KV pool of {budget:,} bytes holds {max(0, n_pages - 1) * spec.page_size:,} tokens, "
-            f"but one sequence of --max-model-len {spec.max_len:,} needs "
-            f"{(pages_of_longest + 1) * page_bytes:,} bytes: raise --kv-cache-memory-bytes or "
-            "lower --max-model-len",
+            f"{budget.origin} makes a KV pool of {max(0, budget.n_bytes):,} bytes, which holds "
+            f"{max(0, n_pages - 1) * spec.page_size:,} tokens, but one sequence of --max-model-len "
+            f"{spec.max_len:,} needs {(pages_of_longest + 1) * page_bytes:,} bytes: {budget.fix} "
+            "or lower --max-model-len",
             param="kv-cache-memory-bytes",
         )
     return n_pages

@@ -113,7 +113,8 @@ class Scheduler:
         self._running.remove(seq)
         self._cache.release(seq)
         seq.n_computed = seq.n_planned = 0
-        seq.prompt_logprobs.clear()
+        # A new list: the draw that leads may still be under way with the old one.
+        seq.prompt_logprobs = []
         seq.n_preempted += 1
         self.n_preempted += 1
         self.add(seq)

@@ -129,6 +129,9 @@ def serve(
     model_max_len: Annotated[
         int | None, flag("model.max_len", "--max-model-len", parser=count)
     ] = None,
+    model_eager: Annotated[
+        bool | None, flag("model.eager", "--enforce-eager/--no-enforce-eager")
+    ] = None,
     model_seed: Annotated[int | None, flag("model.seed", "--seed")] = None,
     cache_kind: Annotated[str | None, flag("cache.kind", "--kv-cache")] = None,
     cache_options: Annotated[
@@ -157,6 +160,10 @@ def serve(
         int | None, flag("scheduler.max_queued", "--max-queued-requests", parser=count)
     ] = None,
     scheduler_policy: Annotated[str | None, flag("scheduler.policy", "--scheduling-policy")] = None,
+    scheduler_overlaps: Annotated[
+        bool | None,
+        flag("scheduler.overlaps", "--async-scheduling/--no-async-scheduling"),
+    ] = None,
     server_host: Annotated[str | None, flag("server.host", "--host")] = None,
     server_port: Annotated[int | None, flag("server.port", "--port")] = None,
     server_api_keys: Annotated[list[str] | None, flag("server.api_keys", "--api-key")] = None,

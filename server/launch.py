@@ -191,10 +191,17 @@ def _introduce(config: Config, info: EngineInfo, name: str, bound: socket.socket
         ("per token", f"{info.bytes_per_token:,} bytes"),
         ("fits", f"{info.kv_tokens:,} tokens = {info.kv_tokens // chat:,} chats of {chat:,}"),
         ("context", f"{info.max_len:,} tokens"),
+        ("graphs", _graphs(info)),
         ("keys", f"{len(config.server.api_keys)}" if config.server.api_keys else "none, open"),
         ("address", url),
     )
     typer.echo("\n".join(f"  {label:10} {value}" for label, value in rows), err=True)
+
+
+def _graphs(info: EngineInfo) -> str:
+    if not info.n_graphs:
+        return "none"
+    return f"{info.n_graphs} in {info.graph_s:.1f} s, {_bytes(info.graph_bytes)}"
 
 
 def _bytes(n: int) -> str:

@@ -74,8 +74,20 @@ def test_every_setting_says_what_it_is_for():
 def test_auto_disappears(
     device: str, has_bfloat16: bool, stored: str, n_bytes: int, wanted: str, dtype: str
 ):
-    hardware = Hardware(device=device, name="", free_bytes=0, has_bfloat16=has_bfloat16)
+    hardware = Hardware(
+        device=device, name="", free_bytes=0, total_bytes=0, has_bfloat16=has_bfloat16
+    )
     config = Config(model=ModelSettings(dtype=wanted))
     resolved = resolve(config, hardware, stored, n_bytes)
     assert (resolved.model.dtype, resolved.model.device) == (dtype, device)
     assert resolve(resolved, hardware, stored, n_bytes) == resolved
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "overlaps"),
+    [("cpu", None, False), ("cuda", None, True), ("cpu", True, True), ("cuda", False, False)],
+)
+def test_steps_overlap_where_the_host_would_wait(device: str, wanted: bool | None, overlaps: bool):
+    hardware = Hardware(device=device, name="", free_bytes=0, total_bytes=0, has_bfloat16=True)
+    config = Config(scheduler=SchedulerSettings(overlaps=wanted))
+    assert resolve(config, hardware, "float32", 0).scheduler.overlaps is overlaps

@@ -1,6 +1,7 @@
 """A tiny random checkpoint, and an engine on it that can be driven by hand."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSettings
 from kvfold.core.sequence import Output, Request, SamplingParams
+from kvfold.engine import engine
 from kvfold.engine.engine import Engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,27 +74,59 @@ class Driver:
         return [t for output in self.outputs[request_id, index] for t in output.tokens]
 
 
+Make = Callable[..., Driver]
+
+
 @pytest.fixture
-def driver(checkpoint: Path) -> Callable[..., Driver]:
-    """Build an engine; keyword arguments are scheduler settings, `pages` and `page_size`."""
+def engine_of(checkpoint: Path) -> Make:
+    """Build an engine; keyword arguments beyond those named are scheduler settings."""
 
     def make(
         pages: int = 200,
         page_size: int = 16,
         prefix: bool = True,
         max_len: int = 256,
+        kind: str = "dense",
+        eager: bool = False,
         **settings: Any,
     ) -> Driver:
         bytes_per_page = 2 * 2 * 2 * 16 * 4 * page_size
         config = Config(
             model=ModelSettings(
-                path=str(checkpoint), dtype="float32", device="cpu", max_len=max_len
+                path=str(checkpoint),
+                dtype="float32",
+                device="cpu",
+                max_len=max_len,
+                eager=eager,
             ),
             cache=CacheSettings(
-                page_size=page_size, memory_bytes=(pages + 1) * bytes_per_page, prefix=prefix
+                kind=kind,
+                page_size=page_size,
+                memory_bytes=(pages + 1) * bytes_per_page,
+                prefix=prefix,
             ),
             scheduler=SchedulerSettings(**{"max_sequences": 32, "max_tokens": 256, **settings}),
         )
         return Driver(Engine(config))
 
     return make
+
+
+@pytest.fixture
+def far_engine_of(engine_of: Make, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """The same, for an engine that works as on a device of its own; decode steps are replayed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from table_cache import FarDevice
+
+    def make(**settings: Any) -> Driver:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "open_device", lambda name: FarDevice(torch.device(name)))
+            return engine_of(**{"kind": "table_cache:TableCache", **settings})
+
+    return make
+
+
+@pytest.fixture(params=[False, True], ids=["one-by-one", "overlapped"])
+def driver(engine_of: Make, request: pytest.FixtureRequest) -> Make:
+    """The same, in both modes: whatever holds for an engine holds when its steps overlap."""
+    return partial(engine_of, overlaps=request.param)

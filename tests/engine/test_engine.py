@@ -418,7 +418,8 @@ def test_bytes_per_token_are_true_when_pages_are_shared(driver: Callable):
     one.add("again", prompt, max_tokens=9)
     one.step()
     stats = one.engine.stats()
-    assert one.outputs["again", 0][0].n_cached == 48
     # The prompt once, a token of each continuation, and what the latecomer computed again.
     assert stats.kv_tokens == 64 + 4 + 16
     assert stats.kv_bytes["dense"] == (4 + 4 + 1) * 16 * one.engine.info.bytes_per_token
+    one.run()
+    assert one.outputs["again", 0][0].n_cached == 48

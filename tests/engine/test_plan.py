@@ -6,9 +6,18 @@ import pytest
 import torch
 from kvfold.cache.base import CacheSpec, Footprint
 from kvfold.cache.dense import DenseCache, DenseConfig
-from kvfold.core.config import CacheSettings, SchedulerSettings
+from kvfold.core.config import Hardware, SchedulerSettings
 from kvfold.core.errors import Refused
-from kvfold.engine.plan import CPU_POOL_BYTES, pages_that_fit, probe, served_len
+from kvfold.engine.plan import (
+    CPU_POOL_BYTES,
+    Budget,
+    cpu_budget,
+    device_budget,
+    pages_that_fit,
+    probe,
+    served_len,
+    wished_budget,
+)
 from kvfold.kernels.rope import RotaryTable
 
 SPEC = CacheSpec(
@@ -38,44 +47,75 @@ def test_the_footprint_is_what_the_pool_takes():
     assert cache.n_total_tokens == 4 * 16
 
 
+FEW = SchedulerSettings(max_sequences=4, max_tokens=64)
+
+
 @pytest.mark.parametrize(
-    ("memory_bytes", "free_bytes", "n_pages"),
+    ("budget", "n_pages"),
     [
-        (1600 * 9, 0, 9),
-        (1600 * 9 + 1599, 0, 9),
-        (None, 1600 * 20, 18),
-        (None, 2**40, 4 * 7 + 1),
+        (wished_budget(1600 * 9), 9),
+        (wished_budget(1600 * 9 + 1599), 9),
+        (wished_budget(2**40), 2**40 // 1600),
+        (cpu_budget(1600 * 20, 0.9), 18),
+        (cpu_budget(2**40, 0.9), 4 * 7 + 1),
     ],
 )
 def test_the_pool_is_what_was_said_or_what_is_free_or_what_can_be_used(
-    memory_bytes: int | None, free_bytes: int, n_pages: int
+    budget: Budget, n_pages: int
 ):
-    pages = pages_that_fit(
-        SPEC,
-        Footprint(bytes_per_token=100),
-        CacheSettings(memory_bytes=memory_bytes),
-        SchedulerSettings(max_sequences=4, max_tokens=64),
-        free_bytes,
-    )
-    assert pages == n_pages
+    assert pages_that_fit(SPEC, Footprint(bytes_per_token=100), FEW, budget) == n_pages
 
 
 def test_a_cpu_pool_is_bounded():
-    spec = dataclasses.replace(SPEC, max_len=10**6)
-    footprint = Footprint(bytes_per_token=1000)
-    pages = pages_that_fit(spec, footprint, CacheSettings(), SchedulerSettings(), 2**45)
-    assert pages == CPU_POOL_BYTES // 16_000
+    assert cpu_budget(2**45, 0.9).n_bytes == CPU_POOL_BYTES
+
+
+GIB = 2**30
+H200 = Hardware(
+    device="cuda", name="", free_bytes=140 * GIB, total_bytes=141 * GIB, has_bfloat16=True
+)
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "share", "n_bytes"),
+    [
+        (140 * GIB, 0.5, 70.5 * GIB),
+        # All of it: no more than there was when the server started.
+        (140 * GIB, 1.0, 140 * GIB),
+        # A neighbour has most of it.
+        (40 * GIB, 0.5, 40 * GIB),
+    ],
+)
+def test_a_device_pool_is_the_share_less_what_serving_takes(
+    free_bytes: int, share: float, n_bytes: float
+):
+    budget = device_budget(
+        dataclasses.replace(H200, free_bytes=free_bytes),
+        share,
+        held_bytes=16 * GIB,
+        step_bytes=3 * GIB,
+        graph_bytes=GIB,
+    )
+    assert budget.n_bytes == n_bytes - 20 * GIB
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused():
-    with pytest.raises(Refused, match=r"holds 96 tokens.*--max-model-len 100 needs 12,800 bytes"):
-        pages_that_fit(
-            SPEC,
-            Footprint(bytes_per_token=100),
-            CacheSettings(memory_bytes=1600 * 7),
-            SchedulerSettings(),
-            0,
-        )
+    needed = r"holds 96 tokens.*--max-model-len 100 needs 12,800 bytes: raise --kv-cache-memory"
+    with pytest.raises(Refused, match=needed):
+        pages_that_fit(SPEC, Footprint(bytes_per_token=100), FEW, wished_budget(1600 * 7))
+
+
+def test_a_device_too_small_for_the_model_is_refused_with_the_numbers():
+    budget = device_budget(
+        H200, 0.1, held_bytes=16 * GIB, step_bytes=3 * GIB, graph_bytes=5 * 2**20
+    )
+    numbers = (
+        r"--gpu-memory-utilization 0.1 of 151,397,597,184 bytes.*17,179,869,184 for the weights, "
+        r"3,221,225,472 for the largest step and 5,242,880 for CUDA graphs.*holds 0 tokens.*"
+        r"raise --gpu-memory-utilization, or lower --max-num-batched-tokens or --max-num-seqs"
+    )
+    with pytest.raises(Refused, match=numbers):
+        pages_that_fit(SPEC, Footprint(bytes_per_token=100), FEW, budget)
 
 
 def test_the_served_length_is_the_models_unless_a_shorter_one_is_wanted():
