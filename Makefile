@@ -6,7 +6,10 @@ BIN = $(VENV)/bin
 RUNTIME = $(VENV)/.runtime
 DEV = $(VENV)/.dev
 
-.PHONY: serve dev check test test-gpu bench
+# The checkout under the package's name, for a Python that the package is not installed in.
+LINK = $(CURDIR)/build/link
+
+.PHONY: serve dev check test test-gpu bench bench-gpu
 
 serve: $(RUNTIME)
 	$(BIN)/kvfold serve
@@ -34,8 +37,17 @@ check: $(DEV)
 test: $(DEV)
 	$(BIN)/python -m pytest
 
-test-gpu: $(DEV)
-	$(BIN)/python -m pytest -m gpu
+# With the Python that is there: which build of torch drives the GPU is not ours to choose.
+test-gpu: $(LINK)
+	PYTHONPATH=$(LINK) $(PYTHON) -m pytest -m gpu
 
 bench: $(DEV)
 	$(BIN)/python -m kvfold.bench.decode --out bench/results/decode-cpu.json
+
+bench-gpu: $(LINK)
+	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.kernels --out bench/results/kernels-cuda.json
+	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.decode --device cuda --shape llama-3.1-8b \
+		--concurrency 1 8 15 16 17 32 64 --input-len 1024 --out bench/results/decode-cuda.json
+
+$(LINK):
+	mkdir -p $@ && ln -sfn $(CURDIR) $@/kvfold

@@ -28,7 +28,7 @@ def facts() -> dict[str, Any]:
         "machine": probe("auto").name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
         "arguments": sys.argv[1:],
     }
 
