@@ -194,7 +194,7 @@ class Engine:
                     # From here on it draws tokens of its own; a queue of prompts times n would
                     # hold each prompt n times.
                     fork.tokens = list(seq.request.prompt)
-        self._step_tokens = sum(seq.n_planned for seq in planned)
+        self._step_tokens = 0
         outputs: list[Output] = []
         n_ahead = 0
         faults.hit("engine.step")
@@ -240,6 +240,7 @@ class Engine:
 
     def _account(self, planned: list[Sequence], flight: Flight) -> None:
         """Put the sequences of a launched step where they will be when it is done."""
+        self._step_tokens = sum(seq.n_planned for seq in planned)
         for seq in planned:
             is_prompt_left = seq.n_computed < seq.n_prompt
             seq.n_computed += seq.n_planned

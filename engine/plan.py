@@ -113,21 +113,21 @@ class Budget:
     """Where that comes from, in the words of a refusal."""
     fix: str
     """What would raise it."""
-    is_wish: bool = False
-    """Whether these bytes were asked for, rather than being what there is."""
+    is_whole: bool = True
+    """Whether the pool takes all of it: what no sequence needs keeps prefixes for later hits."""
 
 
 def wished_budget(memory_bytes: int) -> Budget:
     """The pool that was asked for."""
     origin = f"--kv-cache-memory-bytes {memory_bytes:,}"
-    return Budget(memory_bytes, origin, "raise --kv-cache-memory-bytes", is_wish=True)
+    return Budget(memory_bytes, origin, "raise --kv-cache-memory-bytes")
 
 
 def cpu_budget(free_bytes: int, share: float) -> Budget:
     """A share of the host memory that is free beside the weights, up to a limit."""
     n_bytes = min(int(free_bytes * share), CPU_POOL_BYTES)
     origin = f"the memory of this machine, {free_bytes:,} bytes free beside the weights,"
-    return Budget(n_bytes, origin, "raise --kv-cache-memory-bytes")
+    return Budget(n_bytes, origin, "raise --kv-cache-memory-bytes", is_whole=False)
 
 
 def device_budget(
@@ -158,8 +158,8 @@ def pages_that_fit(
     page_bytes = footprint.bytes_per_token * spec.page_size
     pages_of_longest = -(-spec.max_len // spec.page_size)
     n_pages = max(0, budget.n_bytes) // page_bytes
-    if not budget.is_wish:
-        # More than every sequence at full length could never be used.
+    if not budget.is_whole:
+        # Everybody else on this machine has better uses than prefixes for it.
         n_pages = min(n_pages, scheduler.max_sequences * pages_of_longest + 1)
     if n_pages < pages_of_longest + 1:
         raise Refused(

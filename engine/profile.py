@@ -1,6 +1,6 @@
 """How much memory serving takes beside weights and KV pool, found by doing it without a pool."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .device import Device
 from .graphs import Graphs, recorded_sizes
 from .plan import Budget, cpu_budget, device_budget, wished_budget
 from .runner import Runner
+from .scheduler import SCORED_TOKENS
 
 GRAPH_BYTES = 16 * 2**20
 """What the driver is given for each further graph: a few hundred kernels and their arguments."""
@@ -105,19 +106,23 @@ def measure(
 
 
 def _fullest_step(spec: CacheSpec, scheduler: SchedulerSettings) -> list[Sequence]:
-    """As many sequences and as many tokens as a step may have, all of which draw.
+    """As many sequences, tokens and rows of logits as a step may have; every sequence draws.
 
     One of them has the longest context: what attention keeps per page goes by the widest row.
     """
     n_decode = scheduler.max_sequences - 1
     left = scheduler.max_tokens - n_decode
-    prompts = [min(spec.max_len, left - at) for at in range(0, left, spec.max_len)]
+    n_scored = min(SCORED_TOKENS, left, spec.max_len)
+    prompts = [min(spec.max_len, left - at) for at in range(n_scored, left, spec.max_len)]
     decoding = [_planned(spec, spec.max_len if row == 0 else 1, 1) for row in range(n_decode)]
-    return decoding + [_planned(spec, n, n) for n in sorted(prompts)]
+    scored = _planned(spec, n_scored, n_scored, replace(_GREEDIEST, prompt_logprobs=20))
+    return [*decoding, *(_planned(spec, n, n) for n in sorted(prompts)), scored]
 
 
-def _planned(spec: CacheSpec, n_tokens: int, n_planned: int) -> Sequence:
-    request = Request(id="", prompt=(0,) * n_tokens, sampling=_GREEDIEST)
+def _planned(
+    spec: CacheSpec, n_tokens: int, n_planned: int, sampling: SamplingParams = _GREEDIEST
+) -> Sequence:
+    request = Request(id="", prompt=(0,) * n_tokens, sampling=sampling)
     return Sequence(
         request,
         tokens=list(request.prompt),

@@ -7,8 +7,9 @@ from ..cache.base import KVCache
 from ..core.config import SchedulerSettings
 from ..core.sequence import Sequence
 
-SCORED_CHUNK = 256
-"""Prompt tokens per step of a request that wants prompt logprobs: each costs a row of logits."""
+SCORED_TOKENS = 256
+"""Prompt tokens per step of requests that want prompt logprobs: each costs a row of logits. Beside
+them every sequence may have a row of its own."""
 
 
 class Scheduler:
@@ -25,6 +26,7 @@ class Scheduler:
         self._cache = cache
         self._running: list[Sequence] = []
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._n_scored_left = 0
         self.n_preempted = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
@@ -74,24 +76,27 @@ class Scheduler:
         `n_planned == 0`.
         """
         budget = self._settings.max_tokens
+        self._n_scored_left = SCORED_TOKENS
         for seq in self._running:
             seq.n_planned = min(1, seq.n_uncomputed)
             budget -= seq.n_planned
         assert budget >= 0, f"{len(self._running)} sequences run on {self._settings.max_tokens}"
         for seq in self._running:
-            more = min(self._chunk(seq) - seq.n_planned, budget)
-            seq.n_planned += more
-            budget -= more
+            budget -= self._plan_more(seq, budget)
         preempted = self._reserve()
         if not preempted:
             self._admit(budget)
         planned = [seq for seq in self._running if seq.n_planned]
         return sorted(planned, key=lambda seq: seq.n_planned > 1)
 
-    def _chunk(self, seq: Sequence) -> int:
+    def _plan_more(self, seq: Sequence, budget: int) -> int:
+        """Plan further tokens of a sequence, at most `budget`; returns how many."""
+        n = min(seq.n_uncomputed - seq.n_planned, budget)
         if seq.request.sampling.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
-            return min(seq.n_uncomputed, SCORED_CHUNK)
-        return seq.n_uncomputed
+            n = min(n, self._n_scored_left)
+            self._n_scored_left -= n
+        seq.n_planned += n
+        return n
 
     def _reserve(self) -> bool:
         """Get pages for what is planned, oldest first; True when somebody had to give way."""
@@ -135,6 +140,5 @@ class Scheduler:
                 seq.n_cached = found
                 self.prefix_queries += self._cache.lookup_len(seq)
                 self.prefix_hits += found
-            seq.n_planned = min(self._chunk(seq), budget)
-            budget -= seq.n_planned
+            budget -= self._plan_more(seq, budget)
             self._start(seq)

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvfold.cache.base import KVCache
 from kvfold.cache.prefix import PrefixIndex
+from kvfold.core.batch import Batch
 from kvfold.core.errors import NotFound, Refused, TooLong
 from kvfold.core.faults import InjectedFault, arm
 from kvfold.core.sequence import FinishReason, Request, SamplingParams
+from kvfold.engine.scheduler import SCORED_TOKENS
+from kvfold.models.transformer import Decoder
 from transformers import LlamaForCausalLM
 
 
@@ -183,6 +187,25 @@ def test_a_prompt_can_be_scored_without_generating(driver: Callable):
     (output,) = one.outputs["r", 0]
     assert (output.tokens, output.finish) == ((), FinishReason.LENGTH)
     assert len(output.prompt_logprobs) == 3
+
+
+def test_a_step_has_few_rows_of_logits_whoever_wants_his_prompt_scored(
+    driver: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    rows = []
+    compute = Decoder.__call__
+
+    def counting(self: Decoder, batch: Batch, cache: KVCache) -> torch.Tensor:
+        rows.append(len(batch.logits_at))
+        return compute(self, batch, cache)
+
+    monkeypatch.setattr(Decoder, "__call__", counting)
+    one = driver(max_tokens=2048, max_sequences=12)
+    for i in range(8):
+        one.add(f"r{i}", [3 + i, *range(3, 90)] * 2, max_tokens=1, prompt_logprobs=0)
+    one.run()
+    assert max(rows) <= SCORED_TOKENS + 12
+    assert len(one.outputs["r7", 0][-1].prompt_logprobs) == 176
 
 
 def test_a_prompt_starts_only_where_it_can_be_finished(driver: Callable):

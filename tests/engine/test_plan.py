@@ -97,6 +97,9 @@ def test_a_device_pool_is_the_share_less_what_serving_takes(
         graph_bytes=GIB,
     )
     assert budget.n_bytes == n_bytes - 20 * GIB
+    # What running sequences cannot fill keeps prefixes.
+    n_pages = pages_that_fit(SPEC, Footprint(bytes_per_token=100), FEW, budget)
+    assert n_pages == budget.n_bytes // 1600
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused():

@@ -54,6 +54,7 @@ def test_the_largest_step_is_tried(
         tried.append([(len(seq.tokens), seq.n_planned) for seq in step])
         flight = launch(self, step)
         assert len(flight.draws) == len(step)
+        assert len(step[-1].prompt_logprobs) == step[-1].n_planned - 1
         return flight
 
     monkeypatch.setattr(Runner, "launch", noted)
