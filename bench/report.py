@@ -29,8 +29,16 @@ def facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "triton")},
-        "arguments": sys.argv[1:],
+        "arguments": _measured_by(sys.argv[1:]),
     }
+
+
+def _measured_by(arguments: list[str]) -> list[str]:
+    """The arguments without `--out FILE`: where a document is kept changes nothing in it."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def write(document: dict[str, Any], out: Path | None) -> None:
