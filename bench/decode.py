@@ -32,6 +32,7 @@ from kvfold.bench.report import facts, write
 from kvfold.cache.dense import DenseCache
 from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSettings
 from kvfold.core.sequence import Request, SamplingParams
+from kvfold.engine.device import open_device
 from kvfold.engine.engine import Engine
 from kvfold.models.linear import Linear
 
@@ -223,7 +224,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             del slow
         engine = build_engine(folder, arguments)
-    limits = None if on_cpu else ceilings(Machine(torch.device("cuda"), arguments.rounds), 1.0)
+    limits = None
+    if not on_cpu:
+        limits = ceilings(Machine(device=open_device("cuda"), n_rounds=arguments.rounds), 1.0)
     run_engine(engine, prompts(1, n_in, 99), 4, "warm")
     run_generate(theirs, prompts(1, n_in, 99), 4)
     rows = []

@@ -15,13 +15,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from kvfold.bench.report import facts, write
+from kvfold.engine.device import Device, open_device
 from kvfold.kernels.activation import silu_mul
 from kvfold.kernels.decode_attention import decode_attention, plan_decode, plan_split
 from kvfold.kernels.dispatch import forced
@@ -32,14 +33,18 @@ from kvfold.kernels.prefill_attention import plan_prefill, plan_tiles, prefill_a
 from kvfold.kernels.rope import RotaryTable
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import flex_attention
 
 log = logging.getLogger(__name__)
 
 PAGE_SIZE = 64
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336
 """Llama-3.1-8B."""
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 128 * 2**20
 """Buffers of a case together, at least: more than any cache they could stay in."""
+NEIGHBOURS = "decode_attention neighbours"
+"""Batch sizes next to each other: a time per byte that jumps between two of them is a cliff."""
 COPY_BYTES = 4 * 2**30
 MATMUL = 8192
 
@@ -63,63 +68,55 @@ class Case:
     """Of the largest difference, relative to the largest value."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Where the calls run, and how long they take there."""
 
-    device: torch.device
+    device: Device
     n_rounds: int
-    _pool: Any = field(default=None)
-
-    def prepare(self, call: Call, n_buffers: int) -> Callable[[], float]:
-        """A function that runs the call once on each buffer and returns seconds per call."""
-        for i in range(n_buffers):
-            call(i)
-        if self.device.type == "cpu":
-
-            def on_cpu() -> float:
-                started = time.perf_counter()
-                for i in range(n_buffers):
-                    call(i)
-                return (time.perf_counter() - started) / n_buffers
-
-            return on_cpu
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            for i in range(n_buffers):
-                call(i)
-        self._pool = self._pool or graph.pool()
-        begin, end = (
-            torch.Event("cuda", enable_timing=True),
-            torch.Event("cuda", enable_timing=True),
-        )
-
-        def on_cuda() -> float:
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) * 1e-3 / n_buffers
-
-        return on_cuda
 
     def seconds(self, calls: dict[str, Call], n_buffers: int) -> dict[str, float]:
-        """Median seconds of each call, the calls taking turns."""
-        runs = {name: self.prepare(call, n_buffers) for name, call in calls.items()}
+        """Median seconds of each call, the calls taking turns; on CUDA each is a recorded graph."""
+
+        def on_each(call: Call) -> None:
+            for i in range(n_buffers):
+                call(i)
+
+        record = self.device.recorder()
+        runs = {name: record(partial(on_each, call)) for name, call in calls.items()}
+        for run in runs.values():
+            run()
         taken: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.n_rounds):
             for name, run in runs.items():
-                taken[name].append(run())
+                taken[name].append(self._elapsed(run) / n_buffers)
         return {name: statistics.median(values) for name, values in taken.items()}
+
+    def _elapsed(self, run: Callable[[], None]) -> float:
+        if self.device.is_host:
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+        begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
+
+
+def buffers(n_bytes: int, device: torch.device) -> int:
+    """How many buffers of so many bytes stay in no cache of a GPU together; one on a CPU."""
+    return max(1, -(-CACHE_BYTES // n_bytes)) if device.type == "cuda" else 1
 
 
 def ceilings(machine: Machine, scale: float) -> dict[str, float]:
     """Bytes per second of a copy, and floating-point operations per second of a matmul, in bf16."""
     n_bytes, side = int(COPY_BYTES * scale), max(64, int(MATMUL * scale ** (1 / 3)))
-    source = torch.empty(n_bytes // 2, dtype=torch.bfloat16, device=machine.device).normal_()
+    device = machine.device.device
+    source = torch.empty(n_bytes // 2, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
-    a, b = torch.randn(2, side, side, device=machine.device).to(torch.bfloat16)
+    a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16)
     calls: dict[str, Call] = {"copy": lambda _: target.copy_(source), "matmul": lambda _: a @ b}
     taken = machine.seconds(calls, 1)
     return {
@@ -172,10 +169,15 @@ class Context:
         )
 
 
-def decode_case(lengths: list[int], device: torch.device, name: str) -> Case:
-    """One query per sequence; SDPA and flex_attention on whole, equally long contexts."""
+def decode_case(
+    lengths: list[int], device: torch.device, name: str, *, kernel: str = "decode_attention"
+) -> Case:
+    """One query per sequence; SDPA on whole, equally long contexts, where it can be used at all.
+
+    flex_attention is compiled for every shape, so only what bears the kernel's own name has it.
+    """
     n, n_bytes = len(lengths), sum(lengths) * KV_HEADS * HEAD_DIM * 4
-    n_buffers = max(1, -(-CACHE_BYTES // n_bytes)) if device.type == "cuda" else 2
+    n_buffers = buffers(n_bytes, device)
     contexts = [Context.random(lengths, device) for _ in range(n_buffers)]
     scale = HEAD_DIM**-0.5
     q = torch.empty(n, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device).normal_()
@@ -200,10 +202,10 @@ def decode_case(lengths: list[int], device: torch.device, name: str) -> Case:
             return F.scaled_dot_product_attention(rows, k, v, scale=scale, enable_gqa=True)[:, :, 0]
 
         calls["sdpa"] = sdpa
-        if device.type == "cuda":
-            from torch.nn.attention.flex_attention import flex_attention
-
-            compiled = torch.compile(flex_attention, dynamic=False)
+        if device.type == "cuda" and kernel == "decode_attention":
+            # Shapes are counted per function: beyond a few it would run unfused.
+            torch._dynamo.reset()
+            compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
             def flex(i: int) -> Tensor:
                 k, v = wholes[i]
@@ -212,7 +214,7 @@ def decode_case(lengths: list[int], device: torch.device, name: str) -> Case:
 
             calls["flex_attention"] = flex
     return Case(
-        kernel="decode_attention",
+        kernel=kernel,
         shape={"lengths": name, "batch": n, "kv_bytes": n_bytes},
         calls=calls,
         n_buffers=n_buffers,
@@ -233,17 +235,14 @@ def prefill_case(n_new: int, n_before: int, device: torch.device) -> Case:
         plan = plan_prefill(context.page_table, [0, n_new], [end], PAGE_SIZE)
     k, v = context.whole()
     queries = q.transpose(0, 1)[None]
-    mask = None
-    if n_before:
-        mask = torch.ones(n_new, end, dtype=torch.bool, device=device).tril_(n_before)
+    # Not a tensor: a dense mask would keep SDPA from its flash kernel.
+    mask = causal_lower_right(n_new, end)
 
     def ours(_: int) -> Tensor:
         return prefill_attention(q, context.k_pages, context.v_pages, plan, scale, None)
 
     def sdpa(_: int) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            queries, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(queries, k, v, mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
     seen = n_new * n_before + n_new * (n_new + 1) // 2
@@ -259,7 +258,7 @@ def prefill_case(n_new: int, n_before: int, device: torch.device) -> Case:
 def linear_case(tokens: int, out: int, inner: int, device: torch.device) -> Case:
     """One weight of a layer; as many copies of it as keep it out of the cache."""
     n_bytes = 2 * out * inner
-    n_buffers = max(1, -(-CACHE_BYTES // n_bytes)) if device.type == "cuda" else 1
+    n_buffers = buffers(n_bytes, device)
     x = torch.empty(tokens, inner, dtype=torch.bfloat16, device=device).normal_()
     shape = (out, inner)
     weights = [
@@ -280,62 +279,85 @@ def linear_case(tokens: int, out: int, inner: int, device: torch.device) -> Case
     )
 
 
-def pointwise_cases(tokens: int, device: torch.device) -> Iterator[Case]:
-    """What stands between products and attention, beside its own torch path."""
+def pointwise_case(
+    kernel: str,
+    tokens: int,
+    n_bytes: int,
+    device: torch.device,
+    make: Callable[[], Callable[[], Any]],
+) -> Case:
+    """A kernel beside its own torch path; `make` gives a call with random tensors of its own."""
+    n_buffers = buffers(n_bytes, device)
 
-    def random_(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_()
+    def make_all() -> list[Callable[[], Any]]:
+        torch.manual_seed(0)
+        return [make() for _ in range(n_buffers)]
 
-    def case(kernel: str, n_bytes: int, make: Callable[[], Call]) -> Case:
-        """`make` gives each contestant a call with buffers of its own to write to."""
-        ours, theirs = make(), make()
+    # Equal numbers, but twice: calls write to them.
+    ours, theirs = make_all(), make_all()
 
-        def in_torch(i: int) -> Any:
-            with forced("torch"):
-                return theirs(i)
+    def in_torch(i: int) -> Any:
+        with forced("torch"):
+            return theirs[i]()
 
-        return Case(
-            kernel=kernel,
-            shape={"tokens": tokens},
-            calls={"kvfold": ours, "torch": in_torch},
-            n_buffers=1,
-            bytes=n_bytes,
-        )
+    return Case(
+        kernel=kernel,
+        shape={"tokens": tokens},
+        calls={"kvfold": lambda i: ours[i](), "torch": in_torch},
+        n_buffers=n_buffers,
+        bytes=n_bytes,
+    )
 
-    x, weight, gate_up = random_(tokens, HIDDEN), random_(HIDDEN), random_(tokens, 2 * INTERMEDIATE)
 
-    def norm() -> Call:
-        residual = x.clone()
-        return lambda _: add_rms_norm(x, residual, weight, 1e-5)[0]
-
-    yield case("add_rms_norm", 2 * 4 * x.numel(), norm)
-    yield case("silu_mul", 3 * gate_up.numel(), lambda: lambda _: silu_mul(gate_up))
-    qkv = random_(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)
-    q, k, v = qkv.split_with_sizes([HEADS, KV_HEADS, KV_HEADS], 1)
+def pointwise_cases(tokens: int, device: torch.device) -> Iterator[Callable[[], Case]]:
+    """What stands between products and attention."""
+    n_heads = HEADS + 2 * KV_HEADS
     at = torch.arange(tokens, device=device)
     angle = at.unsqueeze(1) * torch.rand(HEAD_DIM // 2, device=device)
     table = RotaryTable(cos=angle.cos(), sin=angle.sin(), interleaved=False, width=HEAD_DIM)
 
-    def rotate() -> Call:
-        pages = random_(2, -(-tokens // PAGE_SIZE), KV_HEADS, PAGE_SIZE, HEAD_DIM)
-        return lambda _: rotate_and_write(q, k, v, at, table, pages[0], pages[1], at)
+    def random_(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_()
 
-    yield case("rotate_and_write", 2 * 2 * qkv.numel(), rotate)
+    def norm() -> Callable[[], Any]:
+        x, residual, weight = random_(tokens, HIDDEN), random_(tokens, HIDDEN), random_(HIDDEN)
+        return lambda: add_rms_norm(x, residual, weight, 1e-5)[0]
+
+    def gate() -> Callable[[], Any]:
+        gate_up = random_(tokens, 2 * INTERMEDIATE)
+        return lambda: silu_mul(gate_up)
+
+    def rotate() -> Callable[[], Any]:
+        q, k, v = random_(tokens, n_heads, HEAD_DIM).split_with_sizes(
+            [HEADS, KV_HEADS, KV_HEADS], 1
+        )
+        pages = random_(2, -(-tokens // PAGE_SIZE), KV_HEADS, PAGE_SIZE, HEAD_DIM)
+        return lambda: rotate_and_write(q, k, v, at, table, pages[0], pages[1], at)
+
+    for kernel, elements, make in (
+        ("add_rms_norm", 4 * HIDDEN, norm),
+        ("silu_mul", 3 * INTERMEDIATE, gate),
+        ("rotate_and_write", 2 * n_heads * HEAD_DIM, rotate),
+    ):
+        yield partial(pointwise_case, kernel, tokens, 2 * tokens * elements, device, make)
 
 
 def cases(device: torch.device, largest: int) -> Iterator[Callable[[], Case]]:
     """All of them, unmade: one is in memory at a time. `largest` bounds a context's tokens."""
-    for n, length in itertools.product((1, 8, 32, 64), (1024, 8192, 32768, 131072)):
+    lengths = [2**i for i in (10, 12, 13, 14, 15, 16, 17)]
+    for n, length in itertools.product((1, 8, 32, 64), lengths):
         if n * length <= largest:
             yield partial(decode_case, [length] * n, device, str(length))
     rng = random.Random(0)
     for n in (8, 16, 64):
         ragged = [rng.randint(1024, 32768) for _ in range(n)]
         if sum(ragged) <= largest:
-            yield partial(decode_case, ragged, device, "1024..32768")
-    for n in range(9, 24):
+            yield partial(
+                decode_case, ragged, device, "1024..32768", kernel="decode_attention ragged"
+            )
+    for n in range(8, 25):
         if n * 4096 <= largest:
-            yield partial(decode_case, [4096] * n, device, "4096")
+            yield partial(decode_case, [4096] * n, device, "4096", kernel=NEIGHBOURS)
     for n_new, n_before in ((2048, 0), (8192, 0), (32768, 0), (2048, 30720)):
         if n_new * (n_new + n_before) <= largest * 512:
             yield partial(prefill_case, n_new, n_before, device)
@@ -344,8 +366,13 @@ def cases(device: torch.device, largest: int) -> Iterator[Callable[[], Case]]:
     for tokens, (out, inner) in itertools.product((1, 4, 16, 32), shapes):
         yield partial(linear_case, tokens, out, inner, device)
     for tokens in (1, 64, 2048):
-        for case in pointwise_cases(tokens, device):
-            yield partial(lambda made: made, case)
+        yield from pointwise_cases(tokens, device)
+
+
+def largest_step(rows: list[dict[str, Any]]) -> float:
+    """Ratio between the times per byte of neighbouring batch sizes, where it is furthest from 1."""
+    costs = [row["us"] / row["kv_bytes"] for row in rows]
+    return max((max(a / b, b / a) for a, b in itertools.pairwise(costs)), default=1.0)
 
 
 def differs(case: Case) -> float:
@@ -355,41 +382,51 @@ def differs(case: Case) -> float:
     return max(float((result - results[0]).abs().max()) for result in results) / scale
 
 
+def measure_case(case: Case, machine: Machine, limits: dict[str, float]) -> dict[str, Any]:
+    """One row of the result."""
+    row: dict[str, Any] = {"kernel": case.kernel, **case.shape}
+    error = differs(case)
+    if not error <= case.tolerance:
+        raise SystemExit(f"{row}: results differ by {error:.3g}, more than {case.tolerance}")
+    taken = machine.seconds(case.calls, case.n_buffers)
+    ours = taken.pop("kvfold")
+    row["us"] = 1e6 * ours
+    if case.bytes:
+        row["share_of_copy"] = case.bytes / ours / limits["bytes_per_s"]
+    if case.flops:
+        row["share_of_matmul"] = case.flops / ours / limits["flops_per_s"]
+    row["others_us"] = {name: 1e6 * seconds for name, seconds in taken.items()}
+    if taken:
+        row["times_best_other"] = min(taken.values()) / ours
+    log.info("%s", row)
+    return row
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every case, and the ratio to the best contestant in geometric mean."""
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda, but torch sees no CUDA device; --device cpu runs anywhere")
     torch.manual_seed(0)
-    machine = Machine(device, arguments.rounds)
+    machine = Machine(device=open_device(arguments.device), n_rounds=arguments.rounds)
     limits = ceilings(machine, arguments.scale)
     log.info("copy %(bytes_per_s).3g B/s, matmul %(flops_per_s).3g FLOP/s", limits)
-    rows = []
-    for make in cases(device, int(arguments.scale * 64 * 131072)):
-        case = make()
-        row: dict[str, Any] = {"kernel": case.kernel, **case.shape}
-        error = differs(case)
-        if not error <= case.tolerance:
-            raise SystemExit(f"{row}: results differ by {error:.3g}, more than {case.tolerance}")
-        taken = machine.seconds(case.calls, case.n_buffers)
-        ours = taken.pop("kvfold")
-        row["us"] = 1e6 * ours
-        if case.bytes:
-            row["share_of_copy"] = case.bytes / ours / limits["bytes_per_s"]
-        if case.flops:
-            row["share_of_matmul"] = case.flops / ours / limits["flops_per_s"]
-        row["others_us"] = {name: 1e6 * seconds for name, seconds in taken.items()}
-        if taken:
-            row["times_best_other"] = min(taken.values()) / ours
-        log.info("%s", row)
-        rows.append(row)
+    largest = int(arguments.scale * 64 * 131072)
+    rows = [measure_case(make(), machine, limits) for make in cases(device, largest)]
     means = {
         kernel: math.exp(statistics.fmean(math.log(row["times_best_other"]) for row in group))
         for kernel in sorted({row["kernel"] for row in rows})
         if (group := [r for r in rows if r["kernel"] == kernel and "times_best_other" in r])
     }
-    head = {"benchmark": "kernels", **facts(), "device": arguments.device}
-    return {**head, "ceilings": limits, "times_best_other": means, "rows": rows}
+    return {
+        "benchmark": "kernels",
+        **facts(),
+        "device": arguments.device,
+        "ceilings": limits,
+        "times_best_other": means,
+        "largest_step": largest_step([row for row in rows if row["kernel"] == NEIGHBOURS]),
+        "rows": rows,
+    }
 
 
 def main() -> None:

@@ -369,8 +369,9 @@ def plan_split(
 def _split(end, window, limit, TILE: tl.constexpr, LEAST: tl.constexpr):
     """First key of a context that is seen, where its chunks begin, their length and number."""
     first = tl.maximum(end - window, 0)
-    base = first // TILE * TILE
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(end - base, limit), TILE) * TILE, LEAST)
+    base = first - first % TILE
+    chunk = tl.cdiv(end - base, limit) + TILE - 1
+    chunk = tl.maximum(chunk - chunk % TILE, LEAST)
     # An empty context has a chunk without keys: somebody must write its result.
     return first, base, chunk, tl.maximum(tl.cdiv(end - base, chunk), 1)
 
@@ -443,9 +444,10 @@ def _chunk_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     is_head = row < GROUP
     is_column = column < HEAD_DIM
-    for i in range(tl.program_id(0), tl.load(n_work_ptr) * KV_HEADS, tl.num_programs(0)):
-        chunk = tl.cast(i // KV_HEADS, tl.int64)
-        kv_head = tl.cast(i % KV_HEADS, tl.int64)
+    n_pairs = tl.load(n_work_ptr).to(tl.int64) * KV_HEADS
+    for i in range(tl.program_id(0), n_pairs, tl.num_programs(0)):
+        chunk = i // KV_HEADS
+        kv_head = i % KV_HEADS
         work = work_ptr + chunk * 4
         sequence = tl.load(work).to(tl.int64)
         page_table = page_table_ptr + tl.load(work + 1)

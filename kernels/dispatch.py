@@ -12,6 +12,7 @@ __all__ = ["check", "forced", "jit", "tl", "triton", "use_triton"]
 
 if TYPE_CHECKING:
     # The body of a kernel is Triton's language, which borrows Python's syntax and not its types.
+    # mypy knows this decorator by its bare name: with options, write @no_type_check above it.
     from typing import no_type_check as jit
 
     triton: Any
@@ -26,8 +27,8 @@ else:
         # What is evaluated while a module with kernels is imported.
         tl = SimpleNamespace(constexpr=lambda value: value)
 
-        def jit(kernel):
-            return kernel
+        def jit(kernel=None, **options):
+            return jit if kernel is None else kernel
 
 
 Path = Literal["torch", "triton"]

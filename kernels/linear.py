@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -135,7 +136,9 @@ def linear_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (_triton if use_triton(x) else F.linear)(x, weight, bias)
 
 
-@jit
+# The number of rows changes from step to step: no variant may be left to be compiled then.
+@no_type_check
+@jit(do_not_specialize=["rows"])
 def _kernel(
     x_ptr,
     weight_ptr,
@@ -177,14 +180,13 @@ def _sum_kernel(
     parts_ptr,
     bias_ptr,
     y_ptr,
-    rows,
     OUT: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     N: tl.constexpr,
 ):
     # One program per row and N outputs; parts is [SPLITS, rows, OUT].
-    row = tl.program_id(0).to(tl.int64)
+    row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     n = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
     total = tl.zeros([N], tl.float32)
     for split in tl.static_range(SPLITS):
@@ -232,7 +234,6 @@ def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             parts,
             bias,
             y,
-            rows,
             OUT=n_out,
             SPLITS=splits,
             HAS_BIAS=bias is not None,

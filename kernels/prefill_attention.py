@@ -20,8 +20,9 @@ from .paged import check_pools, padded, pages_of, rows_of, tile_of, weigh
 _TILE_TOKENS = 1024
 # By bytes of an element: rows of a Triton tile of queries, which are pairs of a query and a head.
 # With fewer than 128, the keys and values that pass through the L2 cache of an H200 would take
-# longer than their products. Tensor cores do not multiply float32; it only must fit.
-_ROWS = {2: 128, 4: 32}
+# longer than their products. Tensor cores do not multiply float32, where 32 rows of 128 channels
+# would spill registers.
+_ROWS = {2: 128, 4: 16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +230,8 @@ def plan_tiles(
     ]
     # The longest work first: what starts last should end soon.
     tiles.sort(key=lambda tile: -tile[3])
-    put = torch.tensor(tiles, dtype=torch.int32).to(device, non_blocking=True)
+    host = torch.tensor(tiles, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    put = host.to(device, non_blocking=True)
     return TilePlan(n_tokens=query_start[-1], page_table=page_table, tiles=put, rows=rows)
 
 
@@ -303,10 +305,13 @@ def _kernel(
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    # One program per kv head and tile of queries, whose rows are (query, head of the group).
+    # One program per tile of queries, whose rows are (query, head of the group), and kv head; the
+    # head is the faster, so that tiles start in their order. A long step has more than the 65,535
+    # tiles that other axes of a grid take.
     # Tiles of keys begin at multiples of their size, wherever the prompt was cut into chunks.
-    kv_head = tl.program_id(0).to(tl.int64)
-    tile = tiles_ptr + tl.program_id(1).to(tl.int64) * 4
+    program = tl.program_id(0).to(tl.int64)
+    kv_head = program % KV_HEADS
+    tile = tiles_ptr + program // KV_HEADS * 4
     page_table = page_table_ptr + tl.load(tile)
     token = tl.load(tile + 1).to(tl.int64)
     n_queries, first = tl.load(tile + 2), tl.load(tile + 3)
@@ -362,7 +367,7 @@ def _triton(
     _, kv_heads, page_size, _ = k_pages.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tile, stages = tile_of(head_dim, q.dtype)
-    _kernel[(kv_heads, len(plan.tiles))](
+    _kernel[(len(plan.tiles) * kv_heads,)](
         out,
         q,
         k_pages,

@@ -7,7 +7,6 @@ JSON list of `Compiled` to OUT.
 """
 
 import importlib.util
-import itertools
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,8 +40,9 @@ class Compiled:
     Attributes:
         kernel: module.name.
         target: key of TARGETS.
+        dtypes: of its arguments that are tensors, or None in place of one.
         constants: what the launcher fixed at compile time.
-        grid: programs per axis.
+        grid: programs per axis, at most.
         warps: warps of a program.
         shared_bytes: shared memory of a program.
         registers: 32-bit registers of a thread.
@@ -52,6 +52,7 @@ class Compiled:
 
     kernel: str
     target: str
+    dtypes: tuple[str, ...]
     constants: str
     grid: tuple[int, ...]
     warps: int
@@ -94,10 +95,22 @@ def _compiling(target: str) -> Iterator[dict[int, Compiled]]:
 
     def compiling(kernel: Any, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
         binary = run(kernel, *args, grid=grid, **{**options, "warmup": True})
-        if id(binary) not in found:
-            name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
-            constants = {k: v for k, v in options.items() if k.isupper()}
-            found[id(binary)] = _measured(binary, name, target, str(constants), grid)
+        before = found.get(id(binary))
+        if before is not None:
+            found[id(binary)] = replace(before, grid=tuple(map(max, before.grid, grid)))
+            return
+        name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+        constants = {k: v for k, v in options.items() if k.isupper()}
+        found[id(binary)] = Compiled(
+            kernel=name,
+            target=target,
+            dtypes=tuple(
+                str(x if x is None else x.dtype) for x in args if x is None or torch.is_tensor(x)
+            ),
+            constants=str(constants),
+            grid=grid,
+            **_measured(binary),
+        )
 
     version = "any" if gpu.backend == "hip" else None
     with (
@@ -108,22 +121,16 @@ def _compiling(target: str) -> Iterator[dict[int, Compiled]]:
         yield found
 
 
-def _measured(
-    binary: Any, kernel: str, target: str, constants: str, grid: tuple[int, ...]
-) -> Compiled:
-    measure = _of_cubin if "cubin" in binary.asm else _of_amdgcn
-    registers, spilled = measure(binary)
-    return Compiled(
-        kernel=kernel,
-        target=target,
-        constants=constants,
-        grid=grid,
-        warps=binary.metadata.num_warps,
-        shared_bytes=binary.metadata.shared,
-        registers=registers,
-        spilled=spilled,
-        narrow=tuple(_narrow(binary.asm["ttir"])),
-    )
+def _measured(binary: Any) -> dict[str, Any]:
+    """What `Compiled` says of the program itself."""
+    registers, spilled = (_of_cubin if "cubin" in binary.asm else _of_amdgcn)(binary)
+    return {
+        "warps": binary.metadata.num_warps,
+        "shared_bytes": binary.metadata.shared,
+        "registers": registers,
+        "spilled": spilled,
+        "narrow": tuple(_narrow(binary.asm["ttir"])),
+    }
 
 
 def _of_cubin(binary: Any) -> tuple[int, int]:
@@ -145,37 +152,85 @@ def _of_amdgcn(binary: Any) -> tuple[int, int]:
     return int(used["vgpr_count"]), int(used["vgpr_spill_count"])
 
 
+_VALUE = r"%\w+(?:#\d+)?"
+
+
+def _made(ttir: str) -> dict[str, tuple[str, list[str]]]:
+    """Per value the operation that made it and its operands; no operation where it is passed on.
+
+    Loops and branches pass values on by place: the k-th of a yield becomes the k-th result, and in
+    a loop the k-th argument of the next turn. The counter of a loop comes from its bounds.
+    """
+    made: dict[str, tuple[str, list[str]]] = {}
+    # A name lasts as long as its region: what it meant last is what it means.
+    last: dict[str, str] = {}
+    # Of every region around a line, the values that the k-th of its yield becomes.
+    regions: list[list[list[str]]] = []
+
+    def values(text: str) -> list[str]:
+        return [last.get(name, name) for name in re.findall(_VALUE, text)]
+
+    def make(name: str, body: str, operands: list[str]) -> str:
+        last[name] = f"{name}@{len(made)}"
+        made[last[name]] = body, operands
+        return last[name]
+
+    for line in ttir.splitlines():
+        line = re.sub(r" loc\([^()]*\)", "", line).strip()
+        match = re.match(r"(%\w+)(?::(\d+))? = (.*)", line)
+        name, n, body = match.groups() if match else ("", None, line)
+        names = [f"{name}#{k}" for k in range(int(n))] if n else [name] * bool(name)
+        if body.startswith(("scf.yield", "scf.condition")):
+            # The condition itself is in parentheses.
+            for value, passed in zip(values(body.rpartition(")")[2]), regions[-1], strict=False):
+                for one in passed:
+                    made[one][1].append(value)
+        is_passed_on = body.startswith(("scf.for", "scf.while", "scf.if"))
+        operands = [] if is_passed_on else values(body)
+        becomes = [[make(one, "" if is_passed_on else body, operands[:])] for one in names]
+        if body.startswith(("scf.for", "scf.while")):
+            arguments = re.findall(rf"({_VALUE}) = ({_VALUE})", body)
+            firsts = [last.get(first, first) for _, first in arguments]
+            if body.startswith("scf.for"):
+                bounds = values(body.partition("iter_args")[0])[1:]
+                make(arguments.pop(0)[0], "", bounds)
+                firsts.pop(0)
+            for passed, (argument, _), first in zip(becomes, arguments, firsts, strict=True):
+                made[passed[0]][1].append(first)
+                passed.append(make(argument, "", [first]))
+        elif line.startswith("^bb") and regions:
+            # The second half of a `while`; its arguments are the condition's.
+            for passed, argument in zip(regions[-1], re.findall(_VALUE, line), strict=False):
+                passed.append(make(argument, "", [passed[0]]))
+        if (depth := line.count("{") - line.count("}")) > 0:
+            regions.append(becomes)
+        elif depth < 0:
+            regions.pop()
+    return made
+
+
 def _narrow(ttir: str) -> Iterator[str]:
     """Lines that multiply, in 32 bits, what comes from a program number or from memory, and whose
     product is an offset of a pointer: it overflows in a large pool."""
-    made: dict[str, tuple[str, list[str]]] = {}
-    for line in ttir.splitlines():
-        if match := re.match(r"\s*(%[\w#]+)(?::\d+)? = (.*)", line):
-            body = match[2].split(" loc(")[0]
-            made[match[1]] = body, re.findall(r"%\w+", body)
-        for inner, outer in re.findall(r"(%\w+) = (%\w+)", line.partition("iter_args")[2]):
-            made[inner] = "", [outer]
+    made = _made(ttir)
 
-    def sources(name: str, seen: set[str]) -> Iterator[str]:
-        body, operands = made.get(name, ("", []))
-        if name in seen:
-            return
-        seen.add(name)
-        yield body
-        if not body.startswith(("tt.load", "arith.cmpi")):
-            for operand in operands:
-                yield from sources(operand, seen)
+    def sources(values: list[str], seen: set[str]) -> Iterator[tuple[str, list[str]]]:
+        for value in values:
+            if value in made and value not in seen:
+                seen.add(value)
+                body, operands = made[value]
+                yield body, operands
+                if not body.startswith(("tt.load", "arith.cmp")):
+                    yield from sources(operands, seen)
 
-    seen: set[str] = set()
-    offsets = [x[1][1] for x in made.values() if x[0].startswith("tt.addptr")]
-    for body in itertools.chain.from_iterable(sources(name, seen) for name in offsets):
+    offsets = [operands[1] for body, operands in made.values() if body.startswith("tt.addptr")]
+    for body, operands in sources(offsets, set()):
         is_narrow = re.match(r"arith\.(muli|shli)\b", body) and body.endswith(("i32", "i32>"))
-        if is_narrow:
-            from_where = itertools.chain.from_iterable(
-                sources(operand, set()) for operand in re.findall(r"%\w+", body)
-            )
-            if any(source.startswith(("tt.get_program_id", "tt.load")) for source in from_where):
-                yield body
+        if is_narrow and any(
+            source.startswith(("tt.get_program_id", "tt.load"))
+            for source, _ in sources(operands, set())
+        ):
+            yield body
 
 
 def main(out: str, files: list[str]) -> None:

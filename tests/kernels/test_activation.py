@@ -1,5 +1,6 @@
 """silu_mul against the oracle, and alike for every number of rows and threads."""
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -38,5 +39,5 @@ def test_an_odd_row_is_refused() -> None:
 def launches() -> None:
     """Widths of the supported models, in both dtypes they are served in."""
     for dtype in (torch.bfloat16, torch.float32):
-        for width in (4864, 8192, 14336):
-            silu_mul(torch.empty(7, 2 * width, dtype=dtype))
+        for tokens, width in itertools.product((1, 2**17), (4864, 8192, 14336)):
+            silu_mul(torch.empty(tokens, 2 * width, dtype=dtype))

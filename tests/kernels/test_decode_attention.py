@@ -264,18 +264,19 @@ def test_a_recorded_step_serves_other_contexts(contexts: ModuleType) -> None:
 
 
 def launches() -> None:
-    """Groups, widths and page sizes of the supported models: Qwen 2, Phi 3, Llama 3, GLM 4, …"""
+    """Every pair of a width and a page size of the supported models, and their groups in turn."""
+    pairs = itertools.product((64, 96, 128, 256), (16, 32, 64))
     shapes = [
-        (2, 7, 64, 64),
-        (32, 1, 96, 64),
-        (8, 4, 128, 16),
-        (8, 4, 128, 32),
-        (8, 4, 128, 64),
-        (8, 8, 128, 64),
-        (4, 2, 256, 64),
+        (torch.bfloat16, *pair, group)
+        for pair, group in zip(pairs, itertools.cycle((1, 4, 7, 8)), strict=False)
     ]
-    dtype = torch.bfloat16
-    for kv_heads, group, head_dim, page_size in shapes:
+    shapes += [
+        (torch.float16, 128, 64, 4),
+        (torch.float32, 128, 64, 4),
+        (torch.float32, 256, 32, 8),
+    ]
+    kv_heads = 4
+    for dtype, head_dim, page_size, group in shapes:
         heads = kv_heads * group
         q = torch.empty(7, heads + kv_heads, head_dim, dtype=dtype)[:, :heads]
         # More than 2^31 elements.

@@ -155,16 +155,17 @@ def launches() -> None:
     table = RotaryTable(
         cos=torch.empty(4096, 32), sin=torch.empty(4096, 32), interleaved=False, width=64
     )
-    for dtype, head_dim, heads, kv_heads, page_size in [
-        (torch.bfloat16, 64, 14, 2, 64),
-        (torch.bfloat16, 96, 32, 32, 16),
-        (torch.bfloat16, 128, 32, 8, 64),
-        (torch.bfloat16, 256, 8, 1, 32),
-        (torch.float32, 128, 28, 4, 16),
+    for tokens, dtype, head_dim, heads, kv_heads, page_size in [
+        (1, torch.bfloat16, 64, 14, 2, 64),
+        (2**17, torch.bfloat16, 64, 14, 2, 64),
+        (2**17, torch.bfloat16, 96, 32, 32, 16),
+        (2**17, torch.bfloat16, 128, 32, 8, 64),
+        (2**17, torch.bfloat16, 256, 8, 1, 32),
+        (2**17, torch.float32, 128, 28, 4, 16),
     ]:
-        q, k = (torch.empty(7, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
+        q, k = (torch.empty(tokens, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
         pages = torch.empty(2**16, kv_heads, page_size, head_dim, dtype=dtype)
-        slots = torch.empty(7, dtype=torch.int64)
+        slots = torch.empty(tokens, dtype=torch.int64)
         rotate_and_write(q, k, k, slots, table, pages, pages, slots)
     rotate_and_write(q, k, k, slots, replace(table, interleaved=True), pages, pages, slots)
     write_kv(k, k, pages, pages, slots)

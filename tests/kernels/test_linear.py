@@ -164,6 +164,7 @@ def launches() -> None:
         (torch.float32, 1152, 896),
     ]:
         weight, bias = torch.empty(n_out, n_in, dtype=dtype), torch.empty(n_out, dtype=dtype)
-        x = torch.empty(7, n_in, dtype=dtype)
-        linear_few(x, weight, bias)
+        for rows in (1, 7, 16):
+            x = torch.empty(rows, n_in, dtype=dtype)
+            linear_few(x, weight, bias)
     linear_few(x, weight, None)

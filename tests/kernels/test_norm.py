@@ -1,5 +1,6 @@
 """rms_norm against the oracle and Hugging Face's rounding."""
 
+import itertools
 from types import ModuleType
 
 import pytest
@@ -72,7 +73,7 @@ def test_scattered_columns_are_refused() -> None:
 def launches() -> None:
     """Hidden sizes and head widths of the supported models; float32 differs in registers only."""
     for dtype, dims in ((torch.bfloat16, (64, 128, 896, 4096, 8192)), (torch.float32, (8192,))):
-        for dim in dims:
-            x, weight = torch.empty(7, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
+        for tokens, dim in itertools.product((1, 2**17), dims):
+            x, weight = torch.empty(tokens, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
             add_rms_norm(x, x, weight, EPS)
-            rms_norm(torch.empty(7, 5, dim, dtype=dtype)[:, 1:], weight, EPS)
+            rms_norm(torch.empty(tokens, 5, dim, dtype=dtype)[:, 1:], weight, EPS)

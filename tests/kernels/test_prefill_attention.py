@@ -110,20 +110,24 @@ def test_too_few_page_table_rows_are_refused() -> None:
 
 
 def launches() -> None:
-    """Groups, widths and windows of the supported models: Qwen 2, Phi 3, Mistral, Llama 3, …"""
+    """Every width, group and page size of the supported models; one very long prompt."""
     shapes = [
-        (2, 7, 64, 64, None),
-        (32, 1, 96, 32, None),
-        (8, 4, 128, 16, 4096),
-        (8, 4, 128, 64, None),
-        (2, 8, 256, 64, None),
+        (torch.bfloat16, 64, 7, 64, None, 70),
+        (torch.bfloat16, 96, 1, 32, 2047, 70),
+        (torch.bfloat16, 128, 4, 16, 4096, 70),
+        (torch.bfloat16, 128, 8, 64, None, 2**21),
+        (torch.bfloat16, 256, 4, 32, None, 70),
+        (torch.float16, 128, 4, 64, None, 70),
+        (torch.float32, 64, 7, 64, None, 70),
+        (torch.float32, 128, 4, 64, None, 70),
+        (torch.float32, 256, 8, 32, None, 70),
     ]
-    dtype = torch.bfloat16
-    for kv_heads, group, head_dim, page_size, window in shapes:
+    kv_heads = 4
+    for dtype, head_dim, group, page_size, window, tokens in shapes:
         heads = kv_heads * group
-        q = torch.empty(70, heads + kv_heads, head_dim, dtype=dtype)[:, :heads]
+        q = torch.empty(tokens, heads + kv_heads, head_dim, dtype=dtype)[:, :heads]
         # More than 2^31 elements.
         pages = torch.empty(2**20, kv_heads, page_size, head_dim, dtype=dtype)
         table = torch.empty(7, 63, dtype=torch.int32)
-        plan = plan_tiles(table, [0, 70], [100], pages, heads)
+        plan = plan_tiles(table, [0, tokens], [tokens], pages, heads)
         prefill_attention(q, pages, pages, plan, 1.0, window)
