@@ -86,6 +86,7 @@ def plan_decode(
     device: torch.device,
     *,
     token_bytes: int = 512,
+    first_token: Sequence[int] | None = None,
 ) -> DecodePlan:
     """Lay out one decode step: host work once per step, shared by all layers of one page shape.
 
@@ -96,12 +97,15 @@ def plan_decode(
         window: keys a query sees at most, its own included; None for all.
         device: of the pools.
         token_bytes: bytes of one token's keys in one layer; decides which runs are worth a view.
+        first_token: per sequence the keys at its start that are hidden; None for none.
 
     Raises:
         ValueError: a context is empty or longer than its pages.
     """
     ends = np.asarray(context_len, dtype=np.int64)
     starts = np.maximum(ends - window, 0) if window is not None else np.zeros_like(ends)
+    if first_token is not None:
+        starts = np.maximum(starts, first_token)
     first_page, end_page = starts // page_size, -(-ends // page_size)
     for row, (pages, end) in enumerate(zip(page_table, ends, strict=True)):
         if not 0 < end <= len(pages) * page_size:
@@ -188,7 +192,22 @@ def _sum_levels(
     return levels, row
 
 
-def _torch(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+def sum_pages(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` in torch before its last division, to be merged with sums over other keys.
+
+    With m the highest q · k of a query, w[j] = exp(scale · (q · k[j] - m)): Σ_j w[j] v[j], Σ_j w[j]
+    and m.
+
+    Args, Raises: those of `decode_attention`.
+
+    Returns:
+        [sequences, kv_heads, group, head_dim + 1] float32, the mass last, and
+        [sequences, kv_heads, group, 1] float32.
+    """
+    check(q, "q", shape=(plan.n_sequences, None, None), device=plan.owner.device)
+    check_pools(q, k_pages, v_pages, plan.hidden.shape[1])
     _, heads, head_dim = q.shape
     kv_heads = k_pages.shape[1]
     grouped = q.view(plan.n_sequences, kv_heads, heads // kv_heads, head_dim)
@@ -200,12 +219,8 @@ def _torch(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale:
         score.index_copy_(0, plan.partial, seen)
 
     weight = score.float()
-    peak = weight.amax(dim=-1).flatten(1)
-    highest = peak.new_full((plan.n_sequences, heads), -torch.inf)
-    # A maximum is exact in any order.
-    highest.scatter_reduce_(0, plan.owner.unsqueeze(1).expand_as(peak), peak, "amax")
-    highest = highest.index_select(0, plan.owner).view(*score.shape[:3], 1)
-    weight = weight.sub_(highest).mul_(scale).exp_()
+    highest = highest_of(weight.amax(dim=-1, keepdim=True), plan)
+    weight = weight.sub_(highest.index_select(0, plan.owner)).mul_(scale).exp_()
     mass = weight.sum(dim=-1, keepdim=True)
     weight = weight.to(q.dtype)
 
@@ -215,16 +230,27 @@ def _torch(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale:
     if bool(part.index_select(0, plan.partial).isnan().any()):
         v = v_pages.index_select(0, plan.partial_pages)
         v.masked_fill_(plan.hidden[:, None, :, None], 0)
-        redone = _products(weight.index_select(0, plan.partial), v, transposed=False)
+        redone = multiply_pages(weight.index_select(0, plan.partial), v, transposed=False)
         part.index_copy_(0, plan.partial, redone)
 
-    sums = torch.cat((part, mass), dim=-1)
+    return add_up(torch.cat((part, mass), dim=-1), plan), highest
+
+
+def highest_of(peak: Tensor, plan: DecodePlan) -> Tensor:
+    """Maximum over each sequence's entries: [entries, ...] → [sequences, ...]."""
+    highest = peak.new_full((plan.n_sequences, *peak.shape[1:]), -torch.inf)
+    owner = plan.owner.view(-1, *(1,) * (peak.ndim - 1)).expand_as(peak)
+    # A maximum is exact in any order.
+    return highest.scatter_reduce_(0, owner, peak, "amax")
+
+
+def add_up(sums: Tensor, plan: DecodePlan) -> Tensor:
+    """Sum over each sequence's entries, in its own order: [entries, ...] → [sequences, ...]."""
     for left, right in plan.levels:
         below = sums
         sums = below.index_select(0, left)
         sums[: len(right)] += below.index_select(0, right)
-    sums = sums.index_select(0, plan.result)
-    return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)
+    return sums.index_select(0, plan.result)
 
 
 def _multiply(rows: Tensor, pool: Tensor, plan: DecodePlan, *, transposed: bool) -> Tensor:
@@ -233,15 +259,15 @@ def _multiply(rows: Tensor, pool: Tensor, plan: DecodePlan, *, transposed: bool)
     blocks = []
     for page, n in plan.runs:
         pages = pool[page : page + n]
-        blocks.append(_products(rows[at : at + n], pages, transposed=transposed))
+        blocks.append(multiply_pages(rows[at : at + n], pages, transposed=transposed))
         at += n
     if len(plan.gathered):
         pages = pool.index_select(0, plan.gathered)
-        blocks.append(_products(rows[at:], pages, transposed=transposed))
+        blocks.append(multiply_pages(rows[at:], pages, transposed=transposed))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
+def multiply_pages(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
     """rows @ pages (or its transpose) per entry and kv head, rounded alike for any number of them.
 
     Args:
@@ -253,7 +279,7 @@ def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
     least = max(_LEAST_MATRICES, -(-_LEAST_PRODUCT // (group * pages.shape[2] * pages.shape[3])))
     blocks = []
     at = 0
-    for size in _common_sizes(n):
+    for size in common_sizes(n):
         left, right = rows[at : at + size], pages[at : at + size]
         at += size
         if size * kv_heads < least:
@@ -266,7 +292,7 @@ def _products(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
     return product.view(n, kv_heads, group, product.shape[2])
 
 
-def _common_sizes(n: int) -> Iterator[int]:
+def common_sizes(n: int) -> Iterator[int]:
     """Sizes that sum to n, of at most `_SIZES_PER_OCTAVE` per octave; all n below twice that."""
     while n:
         step = max(1, (1 << n.bit_length() - 1) // _SIZES_PER_OCTAVE)
@@ -619,6 +645,5 @@ def decode_attention(
         check(q, "q", shape=(n, heads, head_dim), device=plan.work.device, dense=1)
         check_pools(q, k_pages, v_pages, None, dense=4)
         return _triton(q, k_pages, v_pages, plan, scale)
-    check(q, "q", shape=(plan.n_sequences, None, None), device=plan.owner.device)
-    check_pools(q, k_pages, v_pages, plan.hidden.shape[1])
-    return _torch(q, k_pages, v_pages, plan, scale)
+    sums, _ = sum_pages(q, k_pages, v_pages, plan, scale)
+    return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)

@@ -56,6 +56,21 @@ def check_pools(
         raise ValueError(f"q has {q.shape[1]} heads, wanted a multiple of {k_pages.shape[1]}")
 
 
+def gather_tokens(pool: Tensor, pages: Tensor, tokens: range) -> Tensor:
+    """[kv_heads, len(tokens), head_dim] – some tokens of the sequence that holds `pages`.
+
+    Args:
+        pool: [n, kv_heads, page_size, head_dim] – keys or values (read).
+        pages: [m] int64 – pages of the sequence, from its first token on.
+        tokens: which of them, in places within the sequence.
+    """
+    page_size = pool.shape[2]
+    first = tokens.start // page_size
+    cut = slice(tokens.start - first * page_size, tokens.stop - first * page_size)
+    here = pages[first : -(-tokens.stop // page_size)]
+    return pool.index_select(0, here).transpose(0, 1).flatten(1, 2)[:, cut]
+
+
 @jit
 def pages_of(table_ptr, start, end, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
     """int64, [] or [TILE] – page or pages of the keys start, start + 1, … < end of a tile.

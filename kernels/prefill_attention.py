@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import check, jit, tl
-from .paged import check_pools, padded, pages_of, rows_of, tile_of, weigh
+from .paged import check_pools, gather_tokens, padded, pages_of, rows_of, tile_of, weigh
 
 # Keys that the torch path gathers at a time: large enough for the products, small enough for the L2
 # cache.
@@ -122,13 +122,10 @@ class _Context:
 
     def gather(self, tokens: range) -> tuple[Tensor, Tensor]:
         """[kv_heads, len(tokens), head_dim] – keys and values of these tokens."""
-        page_size = self.k_pages.shape[2]
-        first = tokens.start // page_size
-        pages = self.pages[first : -(-tokens.stop // page_size)]
-        cut = slice(tokens.start - first * page_size, tokens.stop - first * page_size)
-        k = self.k_pages.index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, cut]
-        v = self.v_pages.index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, cut]
-        return k, v
+        return (
+            gather_tokens(self.k_pages, self.pages, tokens),
+            gather_tokens(self.v_pages, self.pages, tokens),
+        )
 
     def oldest_seen_from(self, position: int) -> int:
         """The first key that a query at this position sees."""

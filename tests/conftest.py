@@ -1,8 +1,10 @@
 """Before the first import: offline, and the Triton interpreter where there is no GPU."""
 
 import os
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -44,6 +46,26 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def load(path: Path) -> ModuleType:
+    """A file of the tests as a module: they are no package."""
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def load_file() -> Callable[[Path], ModuleType]:
+    return load
+
+
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    return load(Path(__file__).parent / "oracle.py")
 
 
 @pytest.fixture

@@ -79,6 +79,32 @@ def attend(
     return out
 
 
+def dequantize(codes: Tensor, scale: Tensor, bits: int, dim: int) -> np.ndarray:
+    """Codes [..., rows, bytes]; scale and minimum [..., 2, groups], a group along `dim`."""
+    stored = codes.numpy().view(np.uint8).astype(np.int64)
+    if bits == 4:
+        stored = np.concatenate((stored % 16, stored // 16), axis=-1)
+    half = 2 ** (bits - 1)
+    # Two's complement: counted from the lowest code.
+    level = (stored + half) % (2 * half)
+    step, low = (np.expand_dims(array(part), dim) for part in scale.unbind(-2))
+    return np.asarray(low + step * level)
+
+
+def kept_channels(queries: Tensor, keys: Tensor, n_kept: int) -> list[list[int]]:
+    """Per KV head the channels of most energy.
+
+    Queries [observed, heads, head_dim] and keys [tokens, kv_heads, head_dim], both rotated.
+    """
+    q, k = array(queries), array(keys)
+    group = q.shape[1] // k.shape[1]
+    kept = []
+    for h in range(k.shape[1]):
+        score = (q[:, h * group : (h + 1) * group] ** 2).mean((0, 1)) * (k[:, h] ** 2).mean(0)
+        kept.append(sorted(sorted(range(len(score)), key=lambda c: (-score[c], c))[:n_kept]))
+    return kept
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> np.ndarray:
     y: np.ndarray = array(x) @ array(weight).T
     return y if bias is None else y + array(bias)

@@ -1,11 +1,11 @@
-"""What tests of kernels share: the oracle, the paths a kernel can take, threads where they matter.
+"""What tests of kernels share: the paths a kernel can take, threads where they matter.
 
 A test that asks for `path`, or for `path` and `dtype`, runs once per path this machine may have.
 Tensors that it makes lie on the path's device.
 """
 
-from collections.abc import Iterator
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,29 +80,14 @@ def _record(patch: pytest.MonkeyPatch, interpreted: set[str]) -> None:
     patch.setattr(InterpretedFunction, "run", recording)
 
 
-def load(path: Path) -> ModuleType:
-    """A file of the tests as a module: they are no package."""
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="session")
+def contexts(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(HERE / "paged.py")
 
 
 @pytest.fixture(scope="session")
-def oracle() -> ModuleType:
-    return load(HERE.parent / "oracle.py")
-
-
-@pytest.fixture(scope="session")
-def contexts() -> ModuleType:
-    return load(HERE / "paged.py")
-
-
-@pytest.fixture(scope="session")
-def prove() -> ModuleType:
-    return load(HERE / "prove.py")
+def prove(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(HERE / "prove.py")
 
 
 @pytest.fixture
