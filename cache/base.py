@@ -50,6 +50,12 @@ class Footprint:
     transient_bytes_per_token: int = 0
     """On top, while a sequence is not sealed."""
     host_bytes_per_token: int = 0
+    spare_pages: int = 0
+    """Pages that only sealing may take, so that it finds room in a full pool."""
+
+    def page_bytes(self, page_size: int) -> int:
+        """Of a page, which holds `page_size` tokens while they are not sealed."""
+        return (self.bytes_per_token + self.transient_bytes_per_token) * page_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,8 @@ class KVCache(ABC):
     """May two sequences read one sealed page?"""
     graphable: ClassVar[bool]
     """Is a decode step free of host decisions?"""
+    runs_on_cuda: ClassVar[bool] = True
+    """Whether its kernels have a Triton path."""
     n_recomputed: ClassVar[int] = 1
     """Prompt tokens at the end that a prefix hit always leaves to be computed."""
 

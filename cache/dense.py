@@ -4,7 +4,7 @@ Keys are stored rotated, one pool of pages per layer, `[pages, kv_heads, page_si
 and for V. What it does not do: save memory. State per sequence: its page list, on the host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from ..core.batch import Batch
 from ..core.errors import Refused
 from ..core.sequence import Sequence
 from ..kernels.decode_attention import (
-    DecodePlan,
-    SplitPlan,
     decode_attention,
     plan_decode,
     plan_split,
@@ -42,9 +40,11 @@ class DenseConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    decode: dict[int | None, DecodePlan | SplitPlan]
-    """By sliding window, for the decode part."""
+class StepPlan:
+    """Work that all layers of one step share."""
+
+    decode: Mapping[int | None, Any]
+    """By sliding window, for the decode part: what `_decode` takes."""
     prefill: PrefillPlan | TilePlan | None
     """For the rest, if there is one."""
 
@@ -62,13 +62,20 @@ class DenseCache(KVCache):
         self._spec = spec
         self._rotary = rotary
         self._shares = config.prefix
-        shape = (n_pages, spec.n_kv_heads, spec.page_size, spec.head_dim)
-        pools = [pool_zeros((2, *shape), spec.dtype, spec.device) for _ in range(spec.n_layers)]
-        self._keys = [pool[0] for pool in pools]
-        self._values = [pool[1] for pool in pools]
-        self._page_bytes = sum(pool.nbytes for pool in pools) // n_pages
+        pools = [self._allocate(n_pages) for _ in range(spec.n_layers)]
+        self._keys = [keys for keys, _ in pools]
+        self._values = [values for _, values in pools]
+        self._page_bytes = sum(part.nbytes for pool in pools for part in pool) // n_pages
         self._index = PrefixIndex(spec.identity, self.salt())
-        self._pool = PagePool(n_pages, on_evict=self._index.forget)
+        n_spare = self.footprint(spec, config).spare_pages
+        self._pool = PagePool(n_pages, on_evict=self._index.forget, n_spare=n_spare)
+
+    def _allocate(self, n_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, [n_pages, kv_heads, page_size, head_dim] each."""
+        spec = self._spec
+        shape = (2, n_pages, spec.n_kv_heads, spec.page_size, spec.head_dim)
+        keys, values = pool_zeros(shape, spec.dtype, spec.device)
+        return keys, values
 
     @classmethod
     def footprint(cls, spec: CacheSpec, config: DenseConfig) -> Footprint:
@@ -121,9 +128,7 @@ class DenseCache(KVCache):
     def attach(self, seq: Sequence) -> int:
         size = self._spec.page_size
         assert not seq.pages, f"{seq.request.id} already holds pages"
-        if not self.lookup_len(seq):
-            return 0
-        for i in range((len(seq.tokens) - self.n_recomputed) // size):
+        for i in range((self.lookup_len(seq) - self.n_recomputed) // size):
             page = self._index.find(*self._page(seq, i))
             if page is None:
                 break
@@ -154,9 +159,13 @@ class DenseCache(KVCache):
         return True
 
     def commit(self, seq: Sequence) -> None:
+        self._publish(seq, min(seq.n_computed, seq.n_known))
+
+    def _publish(self, seq: Sequence, n_tokens: int) -> None:
+        """Offer the full pages among the first `n_tokens`, which are known, for later hits."""
         if not self._shares:
             return
-        n_full = min(seq.n_computed, seq.n_known) // self._spec.page_size
+        n_full = n_tokens // self._spec.page_size
         for i in range(seq.n_published, n_full):
             self._index.publish(*self._page(seq, i), seq.pages[i])
         seq.n_published = n_full
@@ -188,15 +197,16 @@ class DenseCache(KVCache):
 
     # Tensors.
 
-    def plan(self, batch: Batch) -> _Plan:
+    def plan(self, batch: Batch) -> StepPlan:
         n = batch.n_decode
         windows = set(self._spec.windows) if n else ()
-        return _Plan(
+        return StepPlan(
             decode={window: self._plan_decode(batch, window) for window in windows},
             prefill=self._plan_prefill(batch) if n < len(batch.context_len) else None,
         )
 
-    def _plan_decode(self, batch: Batch, window: int | None) -> DecodePlan | SplitPlan:
+    def _plan_decode(self, batch: Batch, window: int | None) -> Any:
+        """What `_decode` wants to know of the decode part, for all layers of one window."""
         spec, n, tables = self._spec, batch.n_decode, batch.tables
         if tables is not None:
             pages, lengths = tables.page_table[:n], tables.context_len[:n]
@@ -228,17 +238,28 @@ class DenseCache(KVCache):
         x: torch.Tensor,
         batch: Batch,
     ) -> torch.Tensor:
-        assert isinstance(batch.plan, _Plan), "the batch was not planned by this backend"
+        assert isinstance(batch.plan, StepPlan), "the batch was not planned by this backend"
         keys, values = self._keys[layer], self._values[layer]
         window, scale = self._spec.windows[layer], self._spec.scale
-        q = rotate_and_write(q, k, v, batch.positions, self._rotary, keys, values, batch.write_at)
+        q = self._store(layer, q, k, v, batch)
         n, plan = batch.n_decode, batch.plan
         parts = []
         if n:
-            parts.append(decode_attention(q[:n], keys, values, plan.decode[window], scale))
+            parts.append(self._decode(layer, q[:n], plan.decode[window], batch))
         if plan.prefill is not None:
             parts.append(prefill_attention(q[n:], keys, values, plan.prefill, scale, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _store(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Keys and values into their pages; the rotated queries back."""
+        pools = self._keys[layer], self._values[layer]
+        return rotate_and_write(q, k, v, batch.positions, self._rotary, *pools, batch.write_at)
+
+    def _decode(self, layer: int, q: torch.Tensor, plan: Any, batch: Batch) -> torch.Tensor:
+        """Attention of the sequences that compute one token, `q` [n_decode, heads, head_dim]."""
+        return decode_attention(q, self._keys[layer], self._values[layer], plan, self._spec.scale)
 
     # Proof and metrics.
 

@@ -13,15 +13,22 @@ from ..core.faults import hit
 class PagePool:
     """Reference-counted page numbers `1 … n_pages - 1`; page 0 is scratch and never handed out.
 
+    Page 0 also stands in page lists for pages that were let go: nobody holds it, and to share it or
+    to give it back changes nothing.
+
     A page is free, or held (it has readers), or idle (no reader, but its content is kept for a
     prefix hit). Idle pages count as free: they are evicted, least recently used first, when the
     free ones run out. Free pages are handed out lowest first, which keeps the pages of a batch
     close together, so that attention reads them as few long runs.
     """
 
-    def __init__(self, n_pages: int, on_evict: Callable[[int], None]) -> None:
-        """`on_evict(page)` is called before an idle page is handed out again."""
+    def __init__(self, n_pages: int, on_evict: Callable[[int], None], *, n_spare: int = 0) -> None:
+        """`on_evict(page)` is called before an idle page is handed out again.
+
+        The last `n_spare` pages are kept for those who ask for them.
+        """
         self.n_pages = n_pages
+        self.n_spare = n_spare
         self._free = list(range(1, n_pages))
         self._readers = [0] * n_pages
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -29,17 +36,24 @@ class PagePool:
 
     @property
     def n_available(self) -> int:
-        """Pages that `take` could hand out now."""
-        return len(self._free) + len(self._idle)
+        """Pages that `take` could hand out now, spare ones not counted."""
+        return max(0, self._n_unread - self.n_spare)
 
     @property
     def n_held(self) -> int:
         """Pages that have readers."""
-        return self.n_pages - 1 - self.n_available
+        return self.n_pages - 1 - self._n_unread
 
-    def take(self, n: int) -> list[int] | None:
-        """`n` pages with one reader each, or None when there are not that many."""
-        if n > self.n_available:
+    @property
+    def _n_unread(self) -> int:
+        return len(self._free) + len(self._idle)
+
+    def take(self, n: int, *, spare: bool = False) -> list[int] | None:
+        """`n` pages with one reader each, or None when there are not that many.
+
+        Only with `spare` are the spare ones among them.
+        """
+        if n > (self._n_unread if spare else self.n_available):
             return None
         hit("kv.alloc")
         pages = []
@@ -55,12 +69,16 @@ class PagePool:
 
     def share(self, page: int) -> None:
         """One more reader of a held or idle page."""
+        if not page:
+            return
         if self._readers[page] == 0:
             del self._idle[page]
         self._readers[page] += 1
 
     def give_back(self, page: int, *, keep: bool) -> None:
         """One reader less; the last one leaves the page idle if `keep`, else free."""
+        if not page:
+            return
         assert self._readers[page] > 0, f"page {page} is given back but nobody holds it"
         self._readers[page] -= 1
         if self._readers[page]:
@@ -74,6 +92,7 @@ class PagePool:
         """Prove the ledger: every page is free, idle, or read as often as `held` lists it."""
         listed = np.fromiter((page for pages in held for page in pages), dtype=np.int64)
         found = np.bincount(listed, minlength=self.n_pages)
+        found[0] = 0
         counted = np.array(self._readers)
         free, idle = (np.zeros(self.n_pages, dtype=np.int64) for _ in range(2))
         np.add.at(free, self._free, 1)

@@ -4,12 +4,19 @@ from ..core.errors import Refused
 from ..core.registry import resolve
 from .base import KVCache
 
-BACKENDS = {"dense": ".dense:DenseCache"}
+BACKENDS = {"dense": ".dense:DenseCache", "think": ".think:ThinkCache"}
+# Dense as such stores numbers as the model makes them; as codes it is pages that fold.
+_STORED = {("dense", "int8"): ".folded:FoldedCache", ("dense", "int4"): ".folded:FoldedCache"}
 
 
-def backend(kind: str) -> type[KVCache]:
-    """The class behind a name; raises `Refused` with the known names, or for what is no backend."""
-    found = resolve(BACKENDS, kind, package=__package__ or "", what="kv cache", param="kv-cache")
+def backend(kind: str, dtype: str = "auto") -> type[KVCache]:
+    """The class behind a name and a `--kv-cache-dtype`.
+
+    Raises `Refused` with the known names, or for what is no backend.
+    """
+    stored = _STORED.get((kind, dtype))
+    known = BACKENDS if stored is None else {kind: stored}
+    found = resolve(known, kind, package=__package__ or "", what="kv cache", param="kv-cache")
     if not (isinstance(found, type) and issubclass(found, KVCache)):
         raise Refused(f"--kv-cache {kind} is no KVCache but {found!r}", param="kv-cache")
     return found

@@ -41,6 +41,7 @@ class CacheSettings:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"text": "the backend's own settings"}
     )
+    dtype: str = _text("auto", "auto, int8 or int4: how sealed keys and values are stored")
     page_size: int = _text(64, "tokens of a page")
     memory_bytes: int | None = _text(None, "bytes of the KV pool; default is a share of memory")
     memory_share: float = _text(0.9, "share of device memory for weights and KV pool together")
@@ -124,6 +125,7 @@ class Config:
             ("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("device", self.model.device, ("auto", "cpu", "cuda")),
             ("scheduling-policy", self.scheduler.policy, ("fcfs", "priority")),
+            ("kv-cache-dtype", self.cache.dtype, ("auto", "int8", "int4")),
             ("metrics-compat", self.server.metrics_compat, ("vllm", "none")),
         )
         for flag, value, allowed in one_of:
@@ -163,11 +165,15 @@ class Config:
                 f"({self.scheduler.max_sequences}): a step could not give every running sequence "
                 "one token; raise the first or lower the second"
             )
-        if "prefix" in self.cache.options:
-            raise Refused(
-                "--kv-cache-config.prefix: no backend decides that; say --enable-prefix-caching or "
-                "--no-enable-prefix-caching"
-            )
+        flags = {
+            "prefix": "--enable-prefix-caching or --no-enable-prefix-caching",
+            "dtype": "--kv-cache-dtype",
+        }
+        for name in self.cache.options:
+            if name in flags:
+                raise Refused(
+                    f"--kv-cache-config.{name}: no backend decides that; say {flags[name]}"
+                )
         if self.cache.page_size % 8:
             raise Refused(f"--block-size is {self.cache.page_size}; it must be a multiple of 8")
         if not 0.0 < self.cache.memory_share <= 1.0:

@@ -97,7 +97,10 @@ class Sequence:
     n_cached: int = 0
     """Leading prompt tokens that a prefix hit supplied when the sequence was first admitted."""
     pages: list[int] = field(default_factory=list)
-    """Owned by the cache: page i holds tokens [i * page_size, (i + 1) * page_size)."""
+    """Owned by the cache: page i holds tokens [i * page_size, (i + 1) * page_size), or is 0 where
+    folded pages hold them all."""
+    folded: list[int] = field(default_factory=list)
+    """Owned by the cache: pages that hold the first tokens in compressed form, more in each."""
     page_keys: list[bytes] = field(default_factory=list)
     """Owned by the cache: chained hashes of full pages, each computed once and kept for ever."""
     n_published: int = 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..cache.registry import backend
 from ..core import faults
 from ..core.config import Config, resolve
-from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
+from ..core.errors import KvfoldError, NotFound, Overloaded, Refused, TooLong
 from ..core.report import EngineInfo, EngineStats
 from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..demo.where import model_dir
@@ -45,13 +45,21 @@ class Engine:
         started = time.monotonic()
         config.check()
         keep_freed_memory()
-        kind = backend(config.cache.kind)
-        options = kind.parse({"prefix": config.cache.prefix, **config.cache.options})
+        kind = backend(config.cache.kind, config.cache.dtype)
+        stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
+        options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
         path = locate(config.model.path or str(model_dir()), config.model.revision)
         architecture = read_config(path)
         hardware = probe(config.model.device)
         config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
         device = open_device(config.model.device)
+        if not (device.is_host or kind.runs_on_cuda):
+            raise Refused(
+                f"--kv-cache {config.cache.kind} --kv-cache-dtype {config.cache.dtype} has no CUDA "
+                "kernels yet: what runs on CUDA today is dense (--kv-cache dense --kv-cache-dtype "
+                "auto); or use --device cpu",
+                param="kv-cache",
+            )
         dtype = getattr(torch, config.model.dtype)
         max_len = served_len(config.model.max_len, architecture.max_position)
         # tqdm's own lock is a semaphore of the system, which a killed process leaves behind.
@@ -87,7 +95,7 @@ class Engine:
             page_size=config.cache.page_size,
             n_pages=n_pages,
             weight_bytes=model.nbytes,
-            kv_bytes=n_pages * footprint.bytes_per_token * config.cache.page_size,
+            kv_bytes=n_pages * footprint.page_bytes(spec.page_size),
             bytes_per_token=footprint.bytes_per_token,
             kv_tokens=cache.n_total_tokens,
             identity=spec.identity,

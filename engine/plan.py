@@ -155,18 +155,22 @@ def pages_that_fit(
 
     Raises `Refused` when that does not hold one sequence of `spec.max_len` tokens.
     """
-    page_bytes = footprint.bytes_per_token * spec.page_size
+    page_bytes = footprint.page_bytes(spec.page_size)
+    state_bytes = footprint.bytes_per_sequence * scheduler.max_sequences
+    # Scratch, and what sealing keeps to itself.
+    n_others = 1 + footprint.spare_pages
     pages_of_longest = -(-spec.max_len // spec.page_size)
-    n_pages = max(0, budget.n_bytes) // page_bytes
+    n_pages = max(0, budget.n_bytes - state_bytes) // page_bytes
     if not budget.is_whole:
         # Everybody else on this machine has better uses than prefixes for it.
-        n_pages = min(n_pages, scheduler.max_sequences * pages_of_longest + 1)
-    if n_pages < pages_of_longest + 1:
+        n_pages = min(n_pages, scheduler.max_sequences * pages_of_longest + n_others)
+    if n_pages < pages_of_longest + n_others:
+        needed = (pages_of_longest + n_others) * page_bytes + state_bytes
         raise Refused(
             f"{budget.origin} makes a KV pool of {max(0, budget.n_bytes):,} bytes, which holds "
-            f"{max(0, n_pages - 1) * spec.page_size:,} tokens, but one sequence of --max-model-len "
-            f"{spec.max_len:,} needs {(pages_of_longest + 1) * page_bytes:,} bytes: {budget.fix} "
-            "or lower --max-model-len",
+            f"{max(0, n_pages - n_others) * spec.page_size:,} tokens, but one sequence of "
+            f"--max-model-len {spec.max_len:,} needs {needed:,} bytes: {budget.fix} or lower "
+            "--max-model-len",
             param="kv-cache-memory-bytes",
         )
     return n_pages

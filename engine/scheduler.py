@@ -92,9 +92,13 @@ class Scheduler:
     def _plan_more(self, seq: Sequence, budget: int) -> int:
         """Plan further tokens of a sequence, at most `budget`; returns how many."""
         n = min(seq.n_uncomputed - seq.n_planned, budget)
-        if seq.request.sampling.prompt_logprobs is not None and seq.n_computed < seq.n_prompt:
-            n = min(n, self._n_scored_left)
-            self._n_scored_left -= n
+        if seq.n_computed < seq.n_prompt:
+            # A chunk ends with the prompt: what follows it in a sequence that waited, or was
+            # preempted, reads what sealing has made of it.
+            n = min(n, seq.n_prompt - seq.n_computed - seq.n_planned)
+            if seq.request.sampling.prompt_logprobs is not None:
+                n = min(n, self._n_scored_left)
+                self._n_scored_left -= n
         seq.n_planned += n
         return n
 

@@ -137,6 +137,7 @@ def serve(
     cache_options: Annotated[
         str | None, flag("cache.options", "--kv-cache-config", metavar="JSON")
     ] = None,
+    cache_dtype: Annotated[str | None, flag("cache.dtype", "--kv-cache-dtype")] = None,
     cache_page_size: Annotated[
         int | None, flag("cache.page_size", "--block-size", parser=count)
     ] = None,

@@ -61,6 +61,32 @@ def test_a_wrong_ledger_is_told():
         pool.check([pages, [3]])
 
 
+def test_spare_pages_are_for_those_who_ask():
+    pool = PagePool(5, on_evict=[].append, n_spare=1)
+    assert pool.n_available == 3
+    assert pool.take(4) is None
+    pages = pool.take(3)
+    assert pages is not None
+    assert (pool.n_available, pool.n_held) == (0, 3)
+    assert pool.take(1) is None
+    spare = pool.take(1, spare=True)
+    assert spare == [4]
+    assert (pool.n_available, pool.n_held) == (0, 4)
+    pool.give_back(pages.pop(), keep=False)
+    # What comes back is kept as the next spare page.
+    assert pool.take(1) is None
+    pool.check([pages, spare])
+
+
+def test_the_scratch_page_is_nobodys():
+    pool, _ = make(4)
+    pages = pool.take(1)
+    assert pages is not None
+    pool.share(0)
+    pool.give_back(0, keep=True)
+    pool.check([[0, *pages, 0]])
+
+
 def test_a_failed_allocation_leaves_the_ledger_whole():
     pool, _ = make(4)
     with arm("kv.alloc", nth=2):

@@ -34,6 +34,8 @@ def test_a_config_crosses_as_json():
         ({"model": {"pth": ""}}, r"unknown setting model\.pth; section model has .*path"),
         ({"model": {"dtype": "int8"}}, "--dtype is 'int8'; it must be one of auto, float32"),
         ({"model": {"max_len": 0}}, "--max-model-len is 0; it must be at least 1"),
+        ({"cache": {"options": {"dtype": "int8"}}}, "config.dtype: .* say --kv-cache-dtype"),
+        ({"cache": {"dtype": "int2"}}, "--kv-cache-dtype is 'int2'; it must be one of auto, int8"),
         ({"cache": {"page_size": 12}}, "--block-size is 12; it must be a multiple of 8"),
         ({"cache": {"memory_bytes": -1}}, "--kv-cache-memory-bytes is -1; it must be at least 1"),
         ({"cache": {"memory_share": 1.5}}, r"--gpu-memory-utilization is 1.5; .* \(0, 1\]"),

@@ -14,8 +14,7 @@ from kvfold.engine.engine import Engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_checkpoint(path: Path, head_dim: int) -> Path:
     """A Llama with weights large enough that its greedy text is not one token for ever."""
     torch.manual_seed(3)
     model = LlamaForCausalLM(
@@ -26,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=6,
             num_key_value_heads=2,
-            head_dim=16,
+            head_dim=head_dim,
             max_position_embeddings=512,
             pad_token_id=0,
             eos_token_id=1,
@@ -37,9 +36,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.25)
-    path = tmp_path_factory.mktemp("tiny-llama")
     model.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny-llama"), head_dim=16)
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With heads wide enough to lose channels."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide-llama"), head_dim=32)
 
 
 class Driver:
@@ -78,8 +87,11 @@ Make = Callable[..., Driver]
 
 
 @pytest.fixture
-def engine_of(checkpoint: Path) -> Make:
-    """Build an engine; keyword arguments beyond those named are scheduler settings."""
+def engine_of(checkpoint: Path, wide_checkpoint: Path) -> Make:
+    """Build an engine; keyword arguments beyond those named are scheduler settings.
+
+    `cache` are further settings of the cache, which then gets the wide checkpoint.
+    """
 
     def make(
         pages: int = 200,
@@ -88,19 +100,21 @@ def engine_of(checkpoint: Path) -> Make:
         max_len: int = 256,
         kind: str = "dense",
         eager: bool = False,
+        cache: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Driver:
-        bytes_per_page = 2 * 2 * 2 * 16 * 4 * page_size
+        head_dim, path = (16, checkpoint) if cache is None else (32, wide_checkpoint)
+        bytes_per_page = 2 * 2 * 2 * head_dim * 4 * page_size
         config = Config(
             model=ModelSettings(
-                path=str(checkpoint),
+                path=str(path),
                 dtype="float32",
                 device="cpu",
                 max_len=max_len,
                 eager=eager,
             ),
             cache=CacheSettings(
-                kind=kind,
+                **{"kind": kind, **(cache or {})},
                 page_size=page_size,
                 memory_bytes=(pages + 1) * bytes_per_page,
                 prefix=prefix,

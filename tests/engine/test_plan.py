@@ -66,6 +66,25 @@ def test_the_pool_is_what_was_said_or_what_is_free_or_what_can_be_used(
     assert pages_that_fit(SPEC, Footprint(bytes_per_token=100), FEW, budget) == n_pages
 
 
+def test_pages_of_what_folds_are_dense_and_one_is_spare():
+    """Pages are sized for unsealed tokens; rows of state are taken from the same memory."""
+    footprint = Footprint(
+        bytes_per_token=40,
+        transient_bytes_per_token=60,
+        bytes_per_sequence=900,
+        spare_pages=1,
+    )
+
+    def pages(budget: Budget) -> int:
+        return pages_that_fit(SPEC, footprint, FEW, budget)
+
+    assert footprint.page_bytes(16) == 1600
+    assert pages(wished_budget(1600 * 9 + 3600)) == 9
+    assert pages(cpu_budget(2**40, 0.9)) == 4 * 7 + 2
+    with pytest.raises(Refused, match=r"holds 96 tokens.* needs 18,000 bytes"):
+        pages(wished_budget(1600 * 8 + 3600))
+
+
 def test_a_cpu_pool_is_bounded():
     assert cpu_budget(2**45, 0.9).n_bytes == CPU_POOL_BYTES
 

@@ -25,6 +25,7 @@ FLAGS = {
     "model.seed": "--seed",
     "cache.kind": "--kv-cache",
     "cache.options": "--kv-cache-config",
+    "cache.dtype": "--kv-cache-dtype",
     "cache.page_size": "--block-size",
     "cache.memory_bytes": "--kv-cache-memory-bytes",
     "cache.memory_share": "--gpu-memory-utilization",
