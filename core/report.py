@@ -17,6 +17,8 @@ class EngineInfo:
     """Tokens that end a text, as the checkpoint says."""
     max_len: int
     kv_cache: str
+    kv_pools: tuple[str, ...]
+    """Names of what `EngineStats.kv_bytes` counts."""
     page_size: int
     n_pages: int
     weight_bytes: int

@@ -92,6 +92,7 @@ class Engine:
             eos_ids=tuple(architecture.eos_ids),
             max_len=max_len,
             kv_cache=config.cache.kind,
+            kv_pools=tuple(cache.stats(()).bytes_in_use),
             page_size=config.cache.page_size,
             n_pages=n_pages,
             weight_bytes=model.nbytes,

@@ -200,9 +200,9 @@ class Metrics(Collector):
             "kvfold:kv_cache_bytes", "Bytes that live sequences hold", labels=[*names, "pool"]
         )
         info = self._info()
-        pools = {} if info is None else {info.kv_cache: 0}
-        for pool, n_bytes in (pools | stats.kv_bytes).items():
-            held.add_metric([*values, pool], n_bytes)
+        # Of an engine that has made no step yet, nothing is known but its pools.
+        for pool in () if info is None else info.kv_pools:
+            held.add_metric([*values, pool], stats.kv_bytes.get(pool, 0))
         yield held
         tokens = GaugeMetricFamily(
             "kvfold:kv_cache_tokens", "Tokens that live sequences hold", labels=names

@@ -42,6 +42,7 @@ class ScriptedEngine:
             eos_ids=(1,),
             max_len=1024,
             kv_cache="dense",
+            kv_pools=("dense",),
             page_size=64,
             n_pages=0,
             weight_bytes=0,

@@ -151,6 +151,7 @@ def test_what_is_reported_is_what_is_allocated(engine_of: Callable):
     # 16 + 32 of 64 numbers, 21 tokens in the bytes of 16; a spare page, and rows of state.
     assert info.bytes_per_token == -(-2 * 2 * 2 * 32 * 4 * 16 // 21)
     assert info.kv_bytes == info.n_pages * 2 * 2 * 2 * 32 * 4 * 16
+    assert info.kv_pools == ("full", "folded")
     assert info.kv_tokens == (info.n_pages - 2) * 21
     assert info.n_pages == 201 - -(-32 * 2 * 2 * (4 * 32 + 8 * 48) // (2 * 2 * 2 * 32 * 4 * 16))
 

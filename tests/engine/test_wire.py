@@ -45,6 +45,7 @@ INFO = EngineInfo(
     eos_ids=(1,),
     max_len=512,
     kv_cache="dense",
+    kv_pools=("full", "folded"),
     page_size=64,
     n_pages=10,
     weight_bytes=2**40,

@@ -31,6 +31,7 @@ INFO = EngineInfo(
     eos_ids=(256,),
     max_len=256,
     kv_cache="dense",
+    kv_pools=("dense",),
     page_size=16,
     n_pages=64,
     weight_bytes=1,
