@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +67,18 @@ def load_file() -> Callable[[Path], ModuleType]:
 @pytest.fixture(scope="session")
 def oracle() -> ModuleType:
     return load(Path(__file__).parent / "oracle.py")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The checkpoint of a tiny Llama by its head_dim, written once."""
+
+    @cache
+    def write(head_dim: int) -> Path:
+        folder = tmp_path_factory.mktemp("tiny-llama")
+        return load(Path(__file__).parent / "tiny_llama.py").write(folder, head_dim)
+
+    return write
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSe
 from kvfold.core.errors import Refused
 from kvfold.core.sequence import Request, SamplingParams, Sequence
 from kvfold.engine.engine import Engine
-from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def supported() -> list[tuple[str, str]]:
@@ -51,30 +50,8 @@ def text(n: int, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-            tie_word_embeddings=False,
-        )
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    path = tmp_path_factory.mktemp("tiny-llama")
-    model.save_pretrained(path)
-    return path
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(32)
 
 
 def told(checkpoint: Path, kind: str, dtype: str) -> list[tuple]:

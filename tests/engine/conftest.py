@@ -11,44 +11,17 @@ from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSe
 from kvfold.core.sequence import Output, Request, SamplingParams
 from kvfold.engine import engine
 from kvfold.engine.engine import Engine
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-def write_checkpoint(path: Path, head_dim: int) -> Path:
-    """A Llama with weights large enough that its greedy text is not one token for ever."""
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=97,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            head_dim=head_dim,
-            max_position_embeddings=512,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=2,
-            tie_word_embeddings=False,
-        )
-    )
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    model.save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny-llama"), head_dim=16)
+def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
+    return tiny_llama(16)
 
 
 @pytest.fixture(scope="session")
-def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wide_checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
     """With heads wide enough to lose channels."""
-    return write_checkpoint(tmp_path_factory.mktemp("wide-llama"), head_dim=32)
+    return tiny_llama(32)
 
 
 class Driver:
