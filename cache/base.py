@@ -8,7 +8,7 @@ chunked prefill, prefix hits, preemption and abort need no special case.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,8 @@ class CacheSpec:
     """[n_layers] – sliding window in tokens, or None for full attention."""
     max_len: int
     """Longest sequence in tokens."""
+    max_sequences: int
+    """That hold anything at the same time."""
     page_size: int
     """Tokens of a page."""
     dtype: torch.dtype
@@ -78,8 +80,12 @@ class CacheStats:
     """By pool, as allocated: pages that a live sequence holds."""
     tokens: int
     """Tokens whose keys and values live sequences hold, each shared one once."""
+    full_bytes: int
+    """Of their keys and values as the model makes them."""
     usage: float
     """Share of the pool that live sequences hold, 0..1."""
+    kept: dict[str, float] = field(default_factory=dict)
+    """Share of the channels of `keys` and `values` that sealed tokens keep; empty where all do."""
 
 
 class KVCache(ABC):
@@ -89,8 +95,8 @@ class KVCache(ABC):
     """May two sequences read one sealed page?"""
     graphable: ClassVar[bool]
     """Is a decode step free of host decisions?"""
-    runs_on_cuda: ClassVar[bool] = True
-    """Whether its kernels have a Triton path."""
+    page_size: ClassVar[int] = 64
+    """Tokens of a page, unless one is told otherwise."""
     n_recomputed: ClassVar[int] = 1
     """Prompt tokens at the end that a prefix hit always leaves to be computed."""
 
@@ -104,6 +110,16 @@ class KVCache(ABC):
     @abstractmethod
     def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
         """Bytes per token and per sequence; sizes the pools and admits requests."""
+
+    @classmethod
+    def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
+        """Pages that a sequence holds when it has been sealed after `n_tokens`."""
+        return -(-n_tokens // spec.page_size)
+
+    @property
+    def folded_size(self) -> int:
+        """Tokens of a folded page; 0 where pages never fold."""
+        return 0
 
     @property
     @abstractmethod

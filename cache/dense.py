@@ -5,6 +5,7 @@ and for V. What it does not do: save memory. State per sequence: its page list, 
 """
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ from ..kernels.rope import RotaryTable
 from .base import CacheSpec, CacheStats, Footprint, KVCache
 from .pages import PagePool, pool_zeros
 from .prefix import PrefixIndex
+
+Pools = Rows[torch.Tensor]
+"""One for each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +66,21 @@ class DenseCache(KVCache):
         self._spec = spec
         self._rotary = rotary
         self._shares = config.prefix
-        pools = [self._allocate(n_pages) for _ in range(spec.n_layers)]
-        self._keys = [keys for keys, _ in pools]
-        self._values = [values for _, values in pools]
-        self._page_bytes = sum(part.nbytes for pool in pools for part in pool) // n_pages
+        self._keys, self._values = self._allocate(n_pages)
+        pools = (*self._keys, *self._values)
+        self._page_bytes = sum(pool.nbytes for pool in pools) // n_pages
         self._index = PrefixIndex(spec.identity, self.salt())
         n_spare = self.footprint(spec, config).spare_pages
         self._pool = PagePool(n_pages, on_evict=self._index.forget, n_spare=n_spare)
 
-    def _allocate(self, n_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, [n_pages, kv_heads, page_size, head_dim] each."""
+    def _allocate(self, n_pages: int) -> tuple[Pools, Pools]:
+        """Keys and values, [n_pages, kv_heads, page_size, head_dim] for each layer."""
         spec = self._spec
-        shape = (2, n_pages, spec.n_kv_heads, spec.page_size, spec.head_dim)
-        keys, values = pool_zeros(shape, spec.dtype, spec.device)
+        shape = (n_pages, spec.n_kv_heads, spec.page_size, spec.head_dim)
+        keys, values = (
+            [pool_zeros(shape, spec.dtype, spec.device) for _ in range(spec.n_layers)]
+            for _ in range(2)
+        )
         return keys, values
 
     @classmethod
@@ -171,22 +177,30 @@ class DenseCache(KVCache):
         seq.n_published = n_full
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
-        full, partial = divmod(seq.n_computed, self._spec.page_size)
-        own: list[int] = []
-        if partial:
-            taken = self._pool.take(1)
-            if taken is None:
-                return False
-            own = taken
-            for pages in (*self._keys, *self._values):
-                pages[own[0]].copy_(pages[seq.pages[full]])
-        for page in seq.pages[:full]:
-            self._pool.share(page)
-        child.pages = seq.pages[:full] + own
-        child.page_keys = seq.page_keys[:full]
+        pages = self._for_another(seq.pages, seq.n_computed, self._spec.page_size)
+        if pages is None:
+            return False
+        child.pages = pages
+        child.page_keys = seq.page_keys[: seq.n_computed // self._spec.page_size]
         child.n_published = seq.n_published
         child.n_computed = seq.n_computed
         return True
+
+    def _for_another(self, pages: list[int], n_tokens: int, page_size: int) -> list[int] | None:
+        """The pages of the first `n_tokens` for one more reader, who will write behind them.
+
+        Full ones are shared, one that is filled in part is copied; None when there is no room.
+        """
+        n_full, rest = divmod(n_tokens, page_size)
+        own = self._pool.take(1) if rest else []
+        if own is None:
+            return None
+        for page in own:
+            for pool in (*self._keys, *self._values):
+                pool[page].copy_(pool[pages[n_full]])
+        for page in pages[:n_full]:
+            self._pool.share(page)
+        return pages[:n_full] + own
 
     def release(self, seq: Sequence) -> None:
         # Deepest first, so that of one prefix the rarer end is evicted before the shared start.
@@ -271,8 +285,10 @@ class DenseCache(KVCache):
         computed = [(seq.n_computed, len(seq.pages)) for seq in live]
         # Only full pages are shared: each reader beyond the first counts a page's tokens again.
         n_again = sum(n_pages for _, n_pages in computed) - held
+        n_tokens = sum(n for n, _ in computed) - n_again * self._spec.page_size
         return CacheStats(
             bytes_in_use={"dense": held * self._page_bytes},
-            tokens=sum(n for n, _ in computed) - n_again * self._spec.page_size,
+            tokens=n_tokens,
+            full_bytes=n_tokens * self._page_bytes // self._spec.page_size,
             usage=held / max(1, self._pool.n_pages - 1),
         )

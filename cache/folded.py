@@ -2,9 +2,10 @@
 
 A block of the pool is either a full page, `page_size` tokens as `cache/dense.py` keeps them, or a
 folded one: as many bytes, but of compressed tokens, and therefore more tokens. One pool serves
-both, nothing fragments, and a sealed sequence simply holds fewer blocks. Folded pages are complete
-and never change, so that continuations of one prompt share them; they hold a sequence's first
-tokens, full pages the others: those of the recent window, and what does not fill a folded page yet.
+both, nothing fragments, and a sealed sequence simply holds fewer blocks. Folded pages hold a
+sequence's first tokens and fill group by group; complete ones never change, so that continuations
+of one prompt share them. Full pages hold the other tokens: those of the recent window, and what
+does not fill a group yet.
 
 Here the compression is quantisation (arXiv:2402.02750, KIVI): keys per channel over groups of
 tokens, values per token over groups of channels. `cache/think.py` drops key channels as well.
@@ -13,7 +14,8 @@ What we do differently: prompts are computed and shared by prefix in full pages,
 token and every prefix hit are exact, whatever is kept afterwards. Tokens fold where their page is
 certain to be read again: before the next step that computes a single token. If the pool has no
 block for that the step is refused like any other that lacks room, so what a query reads never
-depends on the load; one spare block, which nothing else may take, lets the oldest sequence fold.
+depends on the load; one spare block, which nothing else may take, lets the oldest sequence fold,
+since a block is only taken where folding sets another free.
 
 What this does not do: save memory while a prompt is being computed. Lossless setting: no dtype, at
 which nothing folds. State per sequence: its page lists, on the host.
@@ -24,34 +26,30 @@ from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import Any, Self
 
+import numpy as np
 import torch
 
 from ..core.batch import Batch
 from ..core.errors import Refused
 from ..core.sequence import Sequence
-from ..kernels.channel_attention import (
-    ChannelPlan,
-    FoldedPages,
-    channel_attention,
-    plan_channels,
-    write_folded,
-)
-from ..kernels.paged import gather_tokens
+from ..kernels.channel_attention import channel_attention, plan_channel_split, plan_channels
+from ..kernels.folded_pages import FoldedPages, write_folded
 from ..kernels.prefill_attention import PrefillPlan, TilePlan
 from ..kernels.rope import RotaryTable
 from .base import CacheSpec, CacheStats, Footprint
-from .dense import DenseCache, DenseConfig
+from .dense import DenseCache, DenseConfig, Pools
 from .pages import pool_zeros
 
-BITS = {"auto": None, "int8": 8, "int4": 4}
-"""Of a stored number, by `--kv-cache-dtype`; None is the model's own dtype."""
+BITS = {"auto": None, "fp8": None, "int8": 8, "int4": 4}
+"""Of a code, by `--kv-cache-dtype`; None for floats."""
 # Tokens that share the scale of a key channel, and channels that share that of a value, at most:
 # few levels bear less of a spread.
 _KEY_GROUP = {8: 128, 4: 64}
 _VALUE_GROUP = {8: 256, 4: 64}
 _SCALE_BYTES = 2 * torch.float16.itemsize
-# Tokens that are folded at a time, so that what is read and rewritten stays in the cache.
-_FOLDED_TOKENS = 1024
+# Tokens times layers that are folded at a time: on a CPU what is read and rewritten then stays in
+# its caches, on a device few kernels are launched and their buffers are smaller than a step's.
+_FOLDED_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +92,16 @@ class Fold:
     """How the tokens of a folded page lie in a block."""
 
     bits: int | None
-    """Of a stored number; None is the model's own dtype."""
+    """Of a code; None for floats."""
+    dtype: torch.dtype
+    """Of what is stored: floats, or bytes of codes."""
     n_channels: int
     """Of a stored key."""
     n_value_channels: int
     """Of a stored value."""
     key_groups: int
     group_tokens: int
+    """Tokens that are folded at once."""
     value_groups: int
 
     @property
@@ -108,15 +109,36 @@ class Fold:
         """Tokens of a folded page."""
         return self.key_groups * self.group_tokens
 
+    def n_due(self, n_foldable: int, page_size: int) -> int:
+        """How many of the leading tokens that may fold do: whole groups; none below 1."""
+        due = n_foldable // self.group_tokens * self.group_tokens
+        begin = due // self.n_tokens * self.n_tokens
+        # What would begin a block waits until that sets another free.
+        return begin if begin // page_size == due // page_size else due
+
     @staticmethod
-    def fit(spec: CacheSpec, n_channels: int, n_value_channels: int, bits: int | None) -> "Fold":
-        """The form that holds the most tokens in the bytes of a full page."""
+    def fit(spec: CacheSpec, n_channels: int, n_value_channels: int, stored: str) -> "Fold":
+        """The form that holds the most tokens in the bytes of a full page.
+
+        `stored` is a `--kv-cache-dtype`.
+        """
         room = _head_bytes(spec)
         widths = {"n_channels": n_channels, "n_value_channels": n_value_channels}
         n_numbers = n_channels + n_value_channels
+        bits = BITS[stored]
         if bits is None:
-            n_tokens = room // (n_numbers * spec.dtype.itemsize)
-            return Fold(bits=None, **widths, key_groups=1, group_tokens=n_tokens, value_groups=1)
+            dtype = torch.float8_e4m3fn if stored == "fp8" else spec.dtype
+            n_tokens = room // (n_numbers * dtype.itemsize)
+            # Groups as small as can be, if each is to set a full page free.
+            n = max(1, n_tokens // spec.page_size)
+            return Fold(
+                bits=None,
+                dtype=dtype,
+                **widths,
+                key_groups=n,
+                group_tokens=n_tokens // n,
+                value_groups=1,
+            )
         value_groups = -(-n_value_channels // _VALUE_GROUP[bits])
         if n_value_channels % (2 * value_groups):
             value_groups = 1
@@ -125,6 +147,7 @@ class Fold:
         forms = [
             Fold(
                 bits=bits,
+                dtype=torch.int8,
                 **widths,
                 key_groups=n,
                 group_tokens=min(_KEY_GROUP[bits], (room // n - group_bytes) // token_bytes),
@@ -145,22 +168,19 @@ class Fold:
             return blocks[:, begin:at].view(dtype).view(len(blocks), spec.n_kv_heads, *shape)
 
         bits = self.bits
-        width = self.n_value_channels // self.value_groups
-        if bits is None:
-            return FoldedPages(
-                bits=None,
-                keys=take(spec.dtype, 1, self.n_tokens, self.n_channels),
-                values=take(spec.dtype, 1, self.n_tokens, width),
-                key_scale=None,
-                value_scale=None,
-            )
+        packed = 8 // (bits or 8)
+        key_scale = value_scale = None
+        if bits is not None:
+            # Two-byte numbers first, which keeps them aligned.
+            key_scale = take(torch.float16, self.key_groups, 2, self.n_channels)
+            value_scale = take(torch.float16, self.value_groups, 2, self.n_tokens)
+        width = self.n_value_channels // self.value_groups // packed
         return FoldedPages(
             bits=bits,
-            # Two-byte numbers first, which keeps them aligned.
-            key_scale=take(torch.float16, self.key_groups, 2, self.n_channels),
-            value_scale=take(torch.float16, self.value_groups, 2, self.n_tokens),
-            keys=take(torch.int8, self.key_groups, self.group_tokens, self.n_channels * bits // 8),
-            values=take(torch.int8, self.value_groups, self.n_tokens, width * bits // 8),
+            keys=take(self.dtype, self.key_groups, self.group_tokens, self.n_channels // packed),
+            values=take(self.dtype, self.value_groups, self.n_tokens, width),
+            key_scale=key_scale,
+            value_scale=value_scale,
         )
 
 
@@ -172,8 +192,9 @@ def _head_bytes(spec: CacheSpec) -> int:
 class FoldedCache(DenseCache):
     """Full pages for prompts and recent tokens, folded ones for the rest."""
 
-    graphable = False
-    runs_on_cuda = False
+    # Half of dense's: fewer tokens wait in pages that are not full. With less, scales of codes are
+    # shared by fewer tokens, and take more than that saves.
+    page_size = 32
 
     def __init__(
         self, spec: CacheSpec, rotary: RotaryTable, config: FoldedConfig, n_pages: int
@@ -182,23 +203,26 @@ class FoldedCache(DenseCache):
         self._config = config
         self._fold = self.fold(spec, config)
         self._folds = self._fold.n_tokens > spec.page_size
-        self._folded: list[FoldedPages] = []
         super().__init__(spec, rotary, config, n_pages)
 
-    def _allocate(self, n_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _allocate(self, n_pages: int) -> tuple[Pools, Pools]:
         spec = self._spec
         n_bytes = spec.n_kv_heads * _head_bytes(spec)
-        blocks = pool_zeros((n_pages, n_bytes), torch.uint8, spec.device)
-        self._folded.append(self._fold.carve(spec, blocks))
+        # All layers in one, so that one call folds in all: they follow each other, page by page.
+        blocks = pool_zeros((spec.n_layers * n_pages, n_bytes), torch.uint8, spec.device)
+        self._all_folded = self._fold.carve(spec, blocks)
+        self._folded = [self._fold.carve(spec, layer) for layer in torch.split(blocks, n_pages)]
         # The heads of all pages are equally far apart, so that they are one batch of matrices.
-        full = blocks.view(spec.dtype).view(n_pages, spec.n_kv_heads, 2, spec.page_size, -1)
-        keys, values = full.unbind(2)
+        self._all_full = blocks.view(spec.dtype).view(
+            len(blocks), spec.n_kv_heads, 2, spec.page_size, spec.head_dim
+        )
+        keys, values = (torch.split(pool, n_pages) for pool in self._all_full.unbind(2))
         return keys, values
 
     @classmethod
     def fold(cls, spec: CacheSpec, config: Any) -> Fold:
         """The form of a folded page."""
-        return Fold.fit(spec, spec.head_dim, spec.head_dim, BITS[config.dtype])
+        return Fold.fit(spec, spec.head_dim, spec.head_dim, config.dtype)
 
     @classmethod
     def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
@@ -213,6 +237,15 @@ class FoldedCache(DenseCache):
         )
 
     @classmethod
+    def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
+        n_full = super().n_pages(spec, config, n_tokens)
+        fold = cls.fold(spec, config)
+        if fold.n_tokens <= spec.page_size:
+            return n_full
+        n_folded = max(0, fold.n_due(n_tokens - config.recent, spec.page_size))
+        return -(-n_folded // fold.n_tokens) + n_full - n_folded // spec.page_size
+
+    @classmethod
     def parse(cls, options: dict[str, Any]) -> FoldedConfig:
         return FoldedConfig.parse(options)
 
@@ -222,8 +255,12 @@ class FoldedCache(DenseCache):
         return replace(config, dtype="auto")
 
     @property
+    def folded_size(self) -> int:
+        return self._fold.n_tokens if self._folds else 0
+
+    @property
     def n_total_tokens(self) -> int:
-        n_tokens = self._fold.n_tokens if self._folds else self._spec.page_size
+        n_tokens = self.folded_size or self._spec.page_size
         return (self._pool.n_pages - 1 - self._pool.n_spare) * n_tokens
 
     # Pages.
@@ -245,74 +282,93 @@ class FoldedCache(DenseCache):
         self._fold_due(seq)
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
-        if not super().fork(seq, child):
+        folded = self._for_another(seq.folded, seq.n_folded, self._fold.n_tokens)
+        if folded is None:
             return False
-        for page in seq.folded:
-            self._pool.share(page)
-        child.folded = seq.folded.copy()
-        return True
+        child.folded, child.n_folded = folded, seq.n_folded
+        if super().fork(seq, child):
+            return True
+        self._give_back_folded(child)
+        return False
 
     def release(self, seq: Sequence) -> None:
         super().release(seq)
+        self._give_back_folded(seq)
+
+    def _give_back_folded(self, seq: Sequence) -> None:
         for page in seq.folded:
             self._pool.give_back(page, keep=False)
-        seq.folded = []
+        seq.folded, seq.n_folded = [], 0
 
     def _n_foldable(self, seq: Sequence) -> int:
         """Leading tokens that may fold."""
         return seq.n_computed - self._config.recent
 
     def _fold_due(self, seq: Sequence) -> bool:
-        """Fold every complete page of foldable tokens; False when a block is missing.
+        """Fold what is due; False when a block is missing.
 
         A sequence that has more than one token to compute is dense: those read full pages only.
+        A shadow stays dense.
         """
-        if not self._folds or seq.n_computed < seq.n_prompt or seq.n_uncomputed > 1:
+        if not self._folds or seq.original is not None:
             return True
+        if seq.n_computed < seq.n_prompt or seq.n_uncomputed > 1:
+            return True
+        due = self._fold.n_due(self._n_foldable(seq), self._spec.page_size)
         size = self._fold.n_tokens
-        n_due = self._n_foldable(seq) // size
-        while len(seq.folded) < n_due:
-            if not seq.folded:
-                self._begin_folding(seq)
-            # One block after the other where there are few: each sets full pages free.
-            n = min(n_due - len(seq.folded), max(1, self._pool.n_available))
-            blocks = self._pool.take(n, spare=True)
-            if blocks is None:
-                return False
-            self._fold_into(blocks, seq)
+        while seq.n_folded < due:
+            if seq.n_folded == len(seq.folded) * size:
+                if not seq.folded:
+                    self._begin_folding(seq)
+                # One block after the other where there are few: each sets full pages free.
+                n = min(-(-(due - seq.n_folded) // size), max(1, self._pool.n_available))
+                blocks = self._pool.take(n, spare=True)
+                if blocks is None:
+                    return False
+                seq.folded += blocks
+            self._fold_until(seq, min(due, len(seq.folded) * size))
         return True
 
-    def _fold_into(self, blocks: list[int], seq: Sequence) -> None:
-        """Move the first tokens that are still in full pages to folded ones."""
-        device, size = self._spec.device, self._fold.n_tokens
-        begin = len(seq.folded) * size
-        end = begin + len(blocks) * size
-        full = torch.tensor(seq.pages, device=device)
-        for at in torch.split(torch.tensor(blocks, device=device), max(1, _FOLDED_TOKENS // size)):
-            tokens = range(begin, begin + len(at) * size)
-            begin = tokens.stop
-            for layer, folded in enumerate(self._folded):
-                pools = self._keys[layer], self._values[layer]
-                whole = [gather_tokens(pool, full, tokens) for pool in pools]
-                k, v = (
-                    x.reshape(len(x), len(at), size, -1).transpose(0, 1)
-                    for x in self._stored_channels(layer, seq, *whole)
-                )
-                write_folded(k, v, at, folded)
-        first = len(seq.folded) * size // self._spec.page_size
-        seq.folded += blocks
+    def _fold_until(self, seq: Sequence, end: int) -> None:
+        """Move tokens [n_folded, end), whole groups, to the folded pages that wait for them."""
+        spec, fold = self._spec, self._fold
+        tokens = np.arange(seq.n_folded, end).reshape(-1, fold.group_tokens)
+        groups = tokens[:, 0] // fold.group_tokens
+        page, slot, to_page, to_group = (
+            torch.from_numpy(x).to(spec.device, non_blocking=True)
+            for x in (
+                np.array(seq.pages)[tokens // spec.page_size],
+                tokens % spec.page_size,
+                np.array(seq.folded)[groups // fold.key_groups],
+                groups % fold.key_groups,
+            )
+        )
+        # The same of each layer, one after the other.
+        layer = torch.arange(spec.n_layers, device=spec.device).repeat_interleave(len(groups))
+        at = torch.arange(len(groups), device=spec.device).repeat(spec.n_layers)
+        n = max(1, _FOLDED_TOKENS[spec.device.type] // fold.group_tokens)
+        for layers, here in zip(torch.split(layer, n), torch.split(at, n), strict=True):
+            first = layers * self._pool.n_pages
+            # [groups, group_tokens, kv_heads, 2, head_dim]
+            whole = self._all_full[page[here] + first[:, None], :, :, slot[here]]
+            k, v = self._stored_channels(seq, layers, *whole.transpose(1, 2).unbind(3))
+            write_folded(k, v, to_page[here] + first, to_group[here], self._all_folded)
         # Deepest first, as when a sequence ends.
-        for i in reversed(range(first, end // self._spec.page_size)):
+        for i in reversed(range(seq.n_folded // spec.page_size, end // spec.page_size)):
             self._pool.give_back(seq.pages[i], keep=self._index.holds(seq.pages[i]))
             seq.pages[i] = 0
+        seq.n_folded = end
 
     def _begin_folding(self, seq: Sequence) -> None:
-        """A sequence's first page is about to fold; its tokens are all in full pages."""
+        """A sequence's first tokens are about to fold; all of them are in full pages."""
 
     def _stored_channels(
-        self, layer: int, seq: Sequence, k: torch.Tensor, v: torch.Tensor
+        self, seq: Sequence, layers: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The channels of keys and values [kv_heads, tokens, head_dim] that folded pages keep."""
+        """The channels that folded pages keep.
+
+        Of keys and values [n, kv_heads, tokens, head_dim], each of one of the `layers` [n].
+        """
         return k, v
 
     def _kept(self, layer: int, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -321,10 +377,24 @@ class FoldedCache(DenseCache):
 
     # Tensors.
 
-    def _plan_decode(self, batch: Batch, window: int | None) -> ChannelPlan:
-        spec, n = self._spec, batch.n_decode
+    def _plan_decode(self, batch: Batch, window: int | None) -> Any:
+        if not self._folds:
+            return super()._plan_decode(batch, window)
+        spec, n, tables = self._spec, batch.n_decode, batch.tables
+        if tables is not None:
+            return plan_channel_split(
+                tables.folded_table[:n],
+                tables.folded_len[:n],
+                tables.page_table[:n],
+                tables.context_len[:n],
+                self._folded[0],
+                self._keys[0],
+                spec.n_heads,
+                window,
+            )
         return plan_channels(
-            [seq.folded for seq in batch.sequences[:n]],
+            batch.folded_table[:n],
+            batch.folded_len[:n],
             batch.page_table[:n],
             batch.context_len[:n],
             self._fold.n_tokens,
@@ -335,11 +405,12 @@ class FoldedCache(DenseCache):
         )
 
     def _plan_prefill(self, batch: Batch) -> PrefillPlan | TilePlan:
-        rest = batch.sequences[batch.n_decode :]
-        assert not any(seq.folded for seq in rest), "a prompt reads folded pages"
+        assert not any(batch.folded_len[batch.n_decode :]), "a prompt reads folded pages"
         return super()._plan_prefill(batch)
 
-    def _decode(self, layer: int, q: torch.Tensor, plan: ChannelPlan, batch: Batch) -> torch.Tensor:
+    def _decode(self, layer: int, q: torch.Tensor, plan: Any, batch: Batch) -> torch.Tensor:
+        if not self._folds:
+            return super()._decode(layer, q, plan, batch)
         return channel_attention(
             q,
             self._kept(layer, batch),
@@ -356,21 +427,29 @@ class FoldedCache(DenseCache):
         self._pool.check([*seq.pages, *seq.folded] for seq in live)
 
     def stats(self, live: Iterable[Sequence]) -> CacheStats:
-        sequences = list(live)
-        size, folded_size = self._spec.page_size, self._fold.n_tokens
-        n_folded = len(set[int]().union(*(seq.folded for seq in sequences)))
-        # Tokens that a full page shows to whom it shows most.
-        shown: dict[int, int] = {}
-        for seq in sequences:
-            first = len(seq.folded) * folded_size
-            for i in range(first // size, len(seq.pages)):
-                n = min((i + 1) * size, seq.n_computed) - max(i * size, first)
-                shown[seq.pages[i]] = max(shown.get(seq.pages[i], 0), n)
+        spec, fold, pool = self._spec, self._fold, self._pool
+        # Tokens that a page shows to whom it shows most: to whom has folded least of it.
+        shown = np.zeros(pool.n_pages, np.int64)
+        is_folded = np.zeros(pool.n_pages, np.bool_)
+        for seq in sorted(live, key=lambda seq: -seq.n_folded):
+            begins = np.arange(len(seq.folded)) * fold.n_tokens
+            shown[seq.folded] = np.clip(seq.n_folded - begins, 0, fold.n_tokens)
+            is_folded[seq.folded] = True
+            first = seq.n_folded // spec.page_size
+            begins = np.arange(first, len(seq.pages)) * spec.page_size
+            ends = np.minimum(begins + spec.page_size, seq.n_computed)
+            shown[seq.pages[first:]] = np.maximum(ends - np.maximum(begins, seq.n_folded), 0)
+        n_tokens, n_folded = int(shown.sum()), int(is_folded.sum())
         return CacheStats(
             bytes_in_use={
-                "full": len(shown) * self._page_bytes,
+                "full": (pool.n_held - n_folded) * self._page_bytes,
                 "folded": n_folded * self._page_bytes,
             },
-            tokens=n_folded * folded_size + sum(shown.values()),
-            usage=self._pool.n_held / max(1, self._pool.n_pages - 1),
+            tokens=n_tokens,
+            full_bytes=n_tokens * self._page_bytes // spec.page_size,
+            kept={
+                "keys": fold.n_channels / spec.head_dim,
+                "values": fold.n_value_channels / spec.head_dim,
+            },
+            usage=pool.n_held / max(1, pool.n_pages - 1),
         )

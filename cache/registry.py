@@ -5,8 +5,8 @@ from ..core.registry import resolve
 from .base import KVCache
 
 BACKENDS = {"dense": ".dense:DenseCache", "think": ".think:ThinkCache"}
-# Dense as such stores numbers as the model makes them; as codes it is pages that fold.
-_STORED = {("dense", "int8"): ".folded:FoldedCache", ("dense", "int4"): ".folded:FoldedCache"}
+# Dense as such stores numbers as the model makes them; in fewer bits it is pages that fold.
+_STORED = {("dense", dtype): ".folded:FoldedCache" for dtype in ("fp8", "int8", "int4")}
 
 
 def backend(kind: str, dtype: str = "auto") -> type[KVCache]:

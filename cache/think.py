@@ -9,11 +9,12 @@ What we do differently: one set per KV head instead of one per query head, so th
 keep their saving; the dropped channels are gathered out, not zeroed, and the bytes go back to the
 pool; the number kept is a multiple of 16, as matrix units want it; generated tokens fold, too,
 unless told otherwise. A prompt shorter than the observed queries is observed on into its answer,
-and channels are chosen when the first page folds.
+and channels are chosen when the first tokens fold.
 
 What this does not do: change the set while a sequence lives. Lossless setting: ratio 0 and no
-dtype. State per sequence: layers · kv_heads · (4 · head_dim + 8 · kept) bytes, kept being the
-channels of keys and of values together.
+dtype. State per sequence: layers · (kv_heads · (4 · head_dim + 8 · kept) + heads · head_dim · 2)
+bytes, kept being the channels left of keys and of values, as far as those lose any; 4 instead of 2
+in float32.
 """
 
 import heapq
@@ -29,7 +30,7 @@ from ..kernels.paged import gather_tokens
 from ..kernels.rope import RotaryTable
 from .base import CacheSpec, Footprint
 from .dense import StepPlan
-from .folded import BITS, Fold, FoldedCache, FoldedConfig, refused
+from .folded import Fold, FoldedCache, FoldedConfig, refused
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,8 @@ def _n_kept(head_dim: int, ratio: float) -> int:
 class ThinkPlan(StepPlan):
     """Also, whose channels to read and whose queries to observe."""
 
-    rows: torch.Tensor
-    """[n_decode] int64 – rows of state."""
+    kept: tuple[torch.Tensor | None, torch.Tensor | None]
+    """[layers, n_decode, kv_heads, n] int64 – channels kept of keys and of values; None for all."""
     observed: tuple[tuple[torch.Tensor, slice], ...]
     """Energies to fill in, [layers, kv_heads, head_dim], with the tokens of the batch they sum."""
 
@@ -83,15 +84,23 @@ class ThinkCache(FoldedCache):
         """Take `n_pages` blocks, of which block 0 is scratch."""
         super().__init__(spec, rotary, config, n_pages)
         self._prune_generated = config.prune_generated
-        self._free_rows: list[int] = []
-        fold = self._fold
-        per_row = (0, spec.n_layers, spec.n_kv_heads)
-        # By row: summed squares of the observed queries, and the channels kept of keys and values.
-        self._energy = torch.zeros((*per_row, spec.head_dim), device=spec.device)
+        # Row 0 is scratch, like page 0.
+        self._free_rows = list(range(1, spec.max_sequences + 1))
+
+        def rows(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            shape = (spec.n_layers, spec.max_sequences + 1, *shape)
+            return torch.zeros(shape, dtype=dtype, device=spec.device)
+
+        heads, kv_heads, d, fold = spec.n_heads, spec.n_kv_heads, spec.head_dim, self._fold
         self._channels, self._value_channels = (
-            torch.zeros((*per_row, n), dtype=torch.int64, device=spec.device)
+            rows(torch.int64, kv_heads, n) if n < d else None
             for n in (fold.n_channels, fold.n_value_channels)
         )
+        self._energy = rows(torch.float32, kv_heads, d)
+        """Summed squares of the observed queries."""
+        self._queries = rows(spec.dtype, heads, d)
+        """Of the last step that computed a single token. A recorded one cannot tell whether they
+        are observed."""
         # What the step under way observes, by row. A step may be done again, so it counts only when
         # it is committed.
         self._observed: dict[int, torch.Tensor] = {}
@@ -110,13 +119,14 @@ class ThinkCache(FoldedCache):
     @classmethod
     def fold(cls, spec: CacheSpec, config: Any) -> Fold:
         of_keys, of_values = config.n_kept(spec.head_dim)
-        return Fold.fit(spec, of_keys, of_values, BITS[config.dtype])
+        return Fold.fit(spec, of_keys, of_values, config.dtype)
 
     @classmethod
     def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
-        n_kept = sum(config.n_kept(spec.head_dim))
-        state = spec.n_layers * spec.n_kv_heads * (4 * spec.head_dim + 8 * n_kept)
-        return replace(super().footprint(spec, config), bytes_per_sequence=state)
+        d = spec.head_dim
+        n_kept = sum(n for n in config.n_kept(d) if n < d)
+        state = spec.n_kv_heads * (4 * d + 8 * n_kept) + spec.n_heads * d * spec.dtype.itemsize
+        return replace(super().footprint(spec, config), bytes_per_sequence=spec.n_layers * state)
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> ThinkConfig:
@@ -137,22 +147,28 @@ class ThinkCache(FoldedCache):
         if not super().reserve(seq, n_tokens):
             return False
         if seq.row < 0:
-            seq.row = self._take_row()
-            self._energy[seq.row] = 0
+            seq.row = heapq.heappop(self._free_rows)
+            self._energy[:, seq.row] = 0
+            # Of a step that came to nothing.
+            self._observed.pop(seq.row, None)
         return True
 
     def commit(self, seq: Sequence) -> None:
         super().commit(seq)
         observed = self._observed.pop(seq.row, None)
+        last = max(seq.n_prompt, _OBSERVED)
+        if observed is None and last - _OBSERVED < seq.n_computed <= last:
+            observed = self._energy_of(self._queries[:, seq.row].unsqueeze(1))
         if observed is not None:
-            self._energy[seq.row] += observed
+            self._energy[:, seq.row] += observed
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
         if not super().fork(seq, child):
             return False
-        child.row = self._take_row()
+        child.row = heapq.heappop(self._free_rows)
         for state in (self._energy, self._channels, self._value_channels):
-            state[child.row] = state[seq.row]
+            if state is not None:
+                state[:, child.row] = state[:, seq.row]
         return True
 
     def release(self, seq: Sequence) -> None:
@@ -161,17 +177,6 @@ class ThinkCache(FoldedCache):
             heapq.heappush(self._free_rows, seq.row)
             seq.row = -1
 
-    def _take_row(self) -> int:
-        if not self._free_rows:
-            n = len(self._energy)
-            more = max(8, n)
-            self._free_rows = list(range(n, n + more))
-            self._energy, self._channels, self._value_channels = (
-                torch.cat((state, state.new_zeros((more, *state.shape[1:]))))
-                for state in (self._energy, self._channels, self._value_channels)
-            )
-        return heapq.heappop(self._free_rows)
-
     # Channels.
 
     def _n_foldable(self, seq: Sequence) -> int:
@@ -179,44 +184,42 @@ class ThinkCache(FoldedCache):
         return n if self._prune_generated else min(n, seq.n_prompt)
 
     def _begin_folding(self, seq: Sequence) -> None:
-        """Choose the sequence's channels, from its prompt, or from what fills a page if longer."""
-        n_tokens = max(seq.n_prompt, self._fold.n_tokens + self._config.recent)
-        full = torch.tensor(seq.pages, device=self._spec.device)
+        """Choose the sequence's channels, from its prompt, or from more if that is short."""
+        group, page_size = self._fold.group_tokens, self._spec.page_size
+        # So many tokens are there whenever the first fold.
+        n_least = -(-page_size // group) * group + self._config.recent
+        n_tokens = max(seq.n_prompt, n_least)
+        full = torch.tensor(seq.pages).to(self._spec.device, non_blocking=True)
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            of_keys, of_values = self._lists(layer)
-            if of_keys is not None:
-                score = self._energy[seq.row, layer] * _energy(keys, full, n_tokens)
-                of_keys[seq.row] = _best(score, of_keys.shape[2])
-            if of_values is not None:
-                of_values[seq.row] = _best(_energy(values, full, n_tokens), of_values.shape[2])
+            if self._channels is not None:
+                score = self._energy[layer, seq.row] * _energy(keys, full, n_tokens)
+                self._channels[layer, seq.row] = _best(score, self._channels.shape[3])
+            if self._value_channels is not None:
+                score = _energy(values, full, n_tokens)
+                self._value_channels[layer, seq.row] = _best(score, self._value_channels.shape[3])
 
     def _stored_channels(
-        self, layer: int, seq: Sequence, k: torch.Tensor, v: torch.Tensor
+        self, seq: Sequence, layers: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (
-            x if at is None else x.gather(2, at[seq.row].unsqueeze(1).expand(-1, x.shape[1], -1))
-            for x, at in zip((k, v), self._lists(layer), strict=True)
+            x
+            if kept is None
+            else x.gather(3, kept[layers, seq.row].unsqueeze(2).expand(-1, -1, x.shape[2], -1))
+            for x, kept in ((k, self._channels), (v, self._value_channels))
         )
         return keys, values
-
-    def _lists(self, layer: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """[rows, kv_heads, n] – channels kept of keys and of values; None for all."""
-        d, fold = self._spec.head_dim, self._fold
-        return (
-            self._channels[:, layer] if fold.n_channels < d else None,
-            self._value_channels[:, layer] if fold.n_value_channels < d else None,
-        )
 
     # Tensors.
 
     def plan(self, batch: Batch) -> ThinkPlan:
+        n = batch.n_decode
         self._observed = {}
         observed = []
         for seq, begin, end, length in zip(
-            batch.sequences,
-            batch.query_start[:-1],
-            batch.query_start[1:],
-            batch.context_len,
+            batch.sequences[n:],
+            batch.query_start[n:-1],
+            batch.query_start[n + 1 :],
+            batch.context_len[n:],
             strict=True,
         ):
             last = max(seq.n_prompt, _OBSERVED)
@@ -224,13 +227,18 @@ class ThinkCache(FoldedCache):
             first = max(last - _OBSERVED, length - (end - begin)) - length + end
             stop = min(last - length, 0) + end
             if first < stop:
-                self._observed[seq.row] = torch.zeros_like(self._energy[seq.row])
+                self._observed[seq.row] = torch.zeros_like(self._energy[:, seq.row])
                 observed.append((self._observed[seq.row], slice(first, stop)))
         step = super().plan(batch)
+        rows = batch.rows[:n]
+        of_keys, of_values = (
+            kept if kept is None else kept.index_select(1, rows)
+            for kept in (self._channels, self._value_channels)
+        )
         return ThinkPlan(
             decode=step.decode,
             prefill=step.prefill,
-            rows=torch.tensor(batch.rows[: batch.n_decode], device=self._spec.device),
+            kept=(of_keys, of_values),
             observed=tuple(observed),
         )
 
@@ -238,18 +246,26 @@ class ThinkCache(FoldedCache):
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         assert isinstance(batch.plan, ThinkPlan), "the batch was not planned by this backend"
-        q = super()._store(layer, q, k, v, batch)
+        q, n = super()._store(layer, q, k, v, batch), batch.n_decode
+        if n:
+            self._queries[layer].index_copy_(0, batch.rows[:n], q[:n])
         for energy, tokens in batch.plan.observed:
-            of_heads = q[tokens].float().square().sum(dim=0)
-            by_group = of_heads.view(self._spec.n_kv_heads, -1, self._spec.head_dim)
-            energy[layer] = by_group.sum(dim=1)
+            energy[layer] = self._energy_of(q[tokens])
         return q
+
+    def _energy_of(self, q: torch.Tensor) -> torch.Tensor:
+        """[..., kv_heads, head_dim] float32 – summed squares of queries [..., n, heads, d]."""
+        of_heads = q.float().square().sum(dim=-3)
+        *before, _, head_dim = of_heads.shape
+        return of_heads.view(*before, self._spec.n_kv_heads, -1, head_dim).sum(dim=-2)
 
     def _kept(self, layer: int, batch: Batch) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         assert isinstance(batch.plan, ThinkPlan), "the batch was not planned by this backend"
-        rows = batch.plan.rows
-        keys, values = (x if x is None else x.index_select(0, rows) for x in self._lists(layer))
-        return keys, values
+        of_keys, of_values = batch.plan.kept
+        return (
+            of_keys if of_keys is None else of_keys[layer],
+            of_values if of_values is None else of_values[layer],
+        )
 
 
 def _energy(pool: torch.Tensor, pages: torch.Tensor, n_tokens: int) -> torch.Tensor:

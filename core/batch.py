@@ -22,6 +22,10 @@ class Tables:
     page_table: torch.Tensor
     """[S, P] int32 – page ids that hold the context; rows end in page 0, the scratch page. P is a
     multiple of `TABLE_STEP`."""
+    folded_table: torch.Tensor
+    """[S, P'] int32 – ids of the folded pages that hold the first tokens, like `page_table`."""
+    folded_len: torch.Tensor
+    """[S] int32 – tokens in folded pages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +44,20 @@ class Batch:
     """[T] int64 – flat slot (page * page_size + offset) that takes this token's keys and values."""
     logits_at: torch.Tensor
     """[L] int64 – token indices whose logits are wanted."""
+    rows: torch.Tensor
+    """[S] int64 – row of per-sequence cache state; row 0 is scratch."""
     query_start: tuple[int, ...]
     """[S + 1] – ragged offsets of the sequences into T; on the host."""
     context_len: tuple[int, ...]
     """[S] – keys visible to the last query of each sequence, this step's included; on the host."""
     page_table: tuple[tuple[int, ...], ...]
     """[S][pages] – page ids that hold the context; on the host."""
-    rows: tuple[int, ...]
-    """[S] – row of per-sequence cache state."""
     n_decode: int
     """Leading sequences that compute exactly one token."""
+    folded_table: tuple[tuple[int, ...], ...] = ()
+    """[S][pages] – ids of folded pages, which hold the first tokens; on the host."""
+    folded_len: tuple[int, ...] = ()
+    """[S] – tokens in folded pages; on the host."""
     tables: Tables | None = None
     """The same geometry on the device; None on a CPU, whose kernels read the host's."""
     sequences: tuple[Sequence, ...] = ()

@@ -41,11 +41,16 @@ class CacheSettings:
     options: dict[str, Any] = field(
         default_factory=dict, metadata={"text": "the backend's own settings"}
     )
-    dtype: str = _text("auto", "auto, int8 or int4: how sealed keys and values are stored")
-    page_size: int = _text(64, "tokens of a page")
+    dtype: str = _text("auto", "auto, fp8, int8 or int4: how sealed keys and values are stored")
+    page_size: int | None = _text(
+        None, "tokens of a page; default is the backend's own: 64, or 32 where pages fold"
+    )
     memory_bytes: int | None = _text(None, "bytes of the KV pool; default is a share of memory")
     memory_share: float = _text(0.9, "share of device memory for weights and KV pool together")
     prefix: bool = _text(True, "reuse the pages of equal prompt prefixes")
+    probe: float = _text(
+        0.0, "share of sealed prompts whose next step is repeated densely, to measure what is lost"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +130,7 @@ class Config:
             ("dtype", self.model.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("device", self.model.device, ("auto", "cpu", "cuda")),
             ("scheduling-policy", self.scheduler.policy, ("fcfs", "priority")),
-            ("kv-cache-dtype", self.cache.dtype, ("auto", "int8", "int4")),
+            ("kv-cache-dtype", self.cache.dtype, ("auto", "fp8", "int8", "int4")),
             ("metrics-compat", self.server.metrics_compat, ("vllm", "none")),
         )
         for flag, value, allowed in one_of:
@@ -174,12 +179,14 @@ class Config:
                 raise Refused(
                     f"--kv-cache-config.{name}: no backend decides that; say {flags[name]}"
                 )
-        if self.cache.page_size % 8:
+        if (self.cache.page_size or 0) % 8:
             raise Refused(f"--block-size is {self.cache.page_size}; it must be a multiple of 8")
         if not 0.0 < self.cache.memory_share <= 1.0:
             raise Refused(
                 f"--gpu-memory-utilization is {self.cache.memory_share}; it must be in (0, 1]"
             )
+        if not 0.0 <= self.cache.probe <= 1.0:
+            raise Refused(f"--kv-probe is {self.cache.probe}; it must be in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +201,8 @@ class Hardware:
     total_bytes: int
     has_bfloat16: bool
     """Whether bfloat16 matrix products run at full speed."""
+    has_float8: bool = False
+    """Whether 8-bit floats are converted in hardware."""
 
 
 SMALL_BYTES = 64 * 2**20
@@ -207,9 +216,16 @@ def resolve(
 
     The dtype is the checkpoint's, but on a CPU float32 where bfloat16 has no fast products, and for
     small models: they are no slower, and their greedy text then does not change when a prompt is
-    chunked differently or found in the prefix cache.
+    chunked differently or found in the prefix cache. Raises `Refused` for what the hardware lacks.
     """
     model = config.model
+    if config.cache.dtype == "fp8" and not hardware.has_float8:
+        raise Refused(
+            f"--kv-cache-dtype fp8: {hardware.name} does not convert 8-bit floats, which takes a "
+            "CUDA device of compute capability 8.9 or higher; int8 takes as many bytes and runs "
+            "everywhere",
+            param="kv-cache-dtype",
+        )
     device = hardware.device if model.device == "auto" else model.device
     dtype = model.dtype
     if dtype == "auto":

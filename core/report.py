@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+KL_BOUNDS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Nats. Below the first, two distributions differ by no more than rounding."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
@@ -37,6 +40,38 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeStats:
+    """How far steps that read folded pages were from the same steps computed densely."""
+
+    n_agreed: int = 0
+    """Steps in which both found the same token likeliest."""
+    kl_sum: float = 0.0
+    """Of KL(dense ‖ folded), in nats."""
+    kl_counts: tuple[int, ...] = (0,) * (len(KL_BOUNDS) + 1)
+    """Steps by their divergence: up to each of `KL_BOUNDS`, and beyond the last."""
+
+    @staticmethod
+    def of(kl: float, agrees: bool) -> "ProbeStats":
+        """A single step. What is no number at all is beyond every bound."""
+        place = sum(not kl <= bound for bound in KL_BOUNDS)
+        counts = tuple(int(i == place) for i in range(len(KL_BOUNDS) + 1))
+        return ProbeStats(n_agreed=int(agrees), kl_sum=kl, kl_counts=counts)
+
+    def __add__(self, other: "ProbeStats") -> "ProbeStats":
+        """Both together."""
+        return ProbeStats(
+            n_agreed=self.n_agreed + other.n_agreed,
+            kl_sum=self.kl_sum + other.kl_sum,
+            kl_counts=tuple(map(sum, zip(self.kl_counts, other.kl_counts, strict=True))),
+        )
+
+    @property
+    def n_steps(self) -> int:
+        """Steps compared."""
+        return sum(self.kl_counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot after a step. Counters count since the engine started."""
 
@@ -47,6 +82,10 @@ class EngineStats:
     """By pool: bytes that live sequences hold, as allocated."""
     kv_tokens: int = 0
     """Tokens whose keys and values live sequences hold, each shared one once."""
+    kv_full_bytes: int = 0
+    """Of their keys and values as the model makes them."""
+    kv_kept: dict[str, float] = field(default_factory=dict)
+    """Share of the channels of keys and of values that sealed tokens keep."""
     n_preempted: int = 0
     n_steps: int = 0
     prefix_queries: int = 0
@@ -57,3 +96,4 @@ class EngineStats:
     """Tokens computed by the last step."""
     step_s: float = 0.0
     n_free_pages: int = 0
+    probe: ProbeStats = ProbeStats()

@@ -101,6 +101,8 @@ class Sequence:
     folded pages hold them all."""
     folded: list[int] = field(default_factory=list)
     """Owned by the cache: pages that hold the first tokens in compressed form, more in each."""
+    n_folded: int = 0
+    """Owned by the cache: tokens in those pages, of which the last may be filled partly."""
     page_keys: list[bytes] = field(default_factory=list)
     """Owned by the cache: chained hashes of full pages, each computed once and kept for ever."""
     n_published: int = 0
@@ -115,6 +117,8 @@ class Sequence:
     """For the first `n_computed` prompt tokens, when the request asked for them."""
     history: object = None
     """Owned by the runner: what penalties must know of the tokens so far."""
+    original: "Sequence | None" = None
+    """Of a shadow: the sequence whose next token it repeats, in full pages. It draws nothing."""
     order: int = 0
     """Age: the engine counts requests as they arrive."""
     n_preempted: int = 0

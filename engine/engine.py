@@ -11,22 +11,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Rows
+from dataclasses import replace
+from itertools import chain
 
 import torch
 from tqdm import tqdm
 
-from ..cache.registry import backend
 from ..core import faults
-from ..core.config import Config, resolve
-from ..core.errors import KvfoldError, NotFound, Overloaded, Refused, TooLong
-from ..core.report import EngineInfo, EngineStats
+from ..core.config import Config
+from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
+from ..core.report import EngineInfo, EngineStats, ProbeStats
 from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
-from ..demo.where import model_dir
-from ..models.loader import load, locate, read_config, weight_bytes
+from ..models.loader import load
+from .blueprint import Blueprint
 from .device import open_device
 from .graphs import Graphs, recorded_sizes
 from .loop import error_output
-from .plan import keep_freed_memory, pages_that_fit, probe, served_len
+from .plan import keep_freed_memory, pages_that_fit
+from .probe import is_sampled
 from .profile import find_budget
 from .runner import Draw, Flight, Runner
 from .scheduler import Scheduler
@@ -43,25 +46,12 @@ class Engine:
         Raises `Refused` or `NotFound` for settings, checkpoints or memory that cannot work.
         """
         started = time.monotonic()
-        config.check()
         keep_freed_memory()
-        kind = backend(config.cache.kind, config.cache.dtype)
-        stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
-        options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
-        path = locate(config.model.path or str(model_dir()), config.model.revision)
-        architecture = read_config(path)
-        hardware = probe(config.model.device)
-        config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
+        blueprint = Blueprint.of(config)
+        config, kind, options = blueprint.config, blueprint.kind, blueprint.options
+        architecture, hardware = blueprint.architecture, blueprint.hardware
         device = open_device(config.model.device)
-        if not (device.is_host or kind.runs_on_cuda):
-            raise Refused(
-                f"--kv-cache {config.cache.kind} --kv-cache-dtype {config.cache.dtype} has no CUDA "
-                "kernels yet: what runs on CUDA today is dense (--kv-cache dense --kv-cache-dtype "
-                "auto); or use --device cpu",
-                param="kv-cache",
-            )
-        dtype = getattr(torch, config.model.dtype)
-        max_len = served_len(config.model.max_len, architecture.max_position)
+        spec = replace(blueprint.spec, device=device.device)
         # tqdm's own lock is a semaphore of the system, which a killed process leaves behind.
         tqdm.set_lock(threading.RLock())
         # On a terminal only: a log file gets no bar.
@@ -71,9 +61,8 @@ class Engine:
                 bar.total = n_bytes
                 bar.update(n_done - bar.n)
 
-            model = load(path, dtype, device.device, max_len, show)
-        spec = model.cache_spec(config.cache.page_size, max_len, dtype, device.device)
-        footprint = kind.footprint(spec, options)
+            model = load(blueprint.path, spec.dtype, spec.device, spec.max_len, show)
+        footprint = blueprint.footprint
         records = kind.graphable and not (device.is_host or config.model.eager)
         budget = find_budget(config, hardware, model, kind, options, spec, device, records=records)
         n_pages = pages_that_fit(spec, footprint, config.scheduler, budget)
@@ -81,7 +70,7 @@ class Engine:
         model.bind(cache)
         graphs = None
         if records:
-            sizes = recorded_sizes(config.scheduler.max_sequences)
+            sizes = recorded_sizes(spec.max_sequences)
             graphs = Graphs(model, cache, device, spec, sizes)
         self.info = EngineInfo(
             architecture=architecture.architecture,
@@ -90,10 +79,10 @@ class Engine:
             machine=hardware.name,
             vocab_size=architecture.vocab_size,
             eos_ids=tuple(architecture.eos_ids),
-            max_len=max_len,
+            max_len=spec.max_len,
             kv_cache=config.cache.kind,
             kv_pools=tuple(cache.stats(()).bytes_in_use),
-            page_size=config.cache.page_size,
+            page_size=spec.page_size,
             n_pages=n_pages,
             weight_bytes=model.nbytes,
             kv_bytes=n_pages * footprint.page_bytes(spec.page_size),
@@ -105,11 +94,13 @@ class Engine:
             graph_bytes=0 if graphs is None else graphs.nbytes,
             graph_s=0.0 if graphs is None else graphs.record_s,
         )
+        self._probe_share = config.cache.probe
+        self._probed = ProbeStats()
         self._overlaps = bool(config.scheduler.overlaps)
         self._device = device
         self._cache = cache
         self._scheduler = Scheduler(config.scheduler, cache)
-        self._runner = Runner(model, cache, config.cache.page_size, device, graphs)
+        self._runner = Runner(model, cache, spec.page_size, device, graphs)
         self._sequences: dict[str, list[Sequence]] = {}
         # Launched and not yet taken in; between steps at most one.
         self._flights: deque[Flight] = deque()
@@ -223,7 +214,9 @@ class Engine:
 
         When it has none for the part either, the requests in it end with an error, and only they.
         """
-        flight = self._attempt(planned)
+        flight = self._attempt(planned, self._scheduler.shadows)
+        # What is launched later may write to their pages: it runs later, too.
+        self._scheduler.drop_shadows()
         if flight is None:
             planned = _smaller(planned)
             flight = self._attempt(planned)
@@ -238,9 +231,9 @@ class Engine:
         )
         return None, self._fail(dict.fromkeys(seq.request.id for seq in planned), told)
 
-    def _attempt(self, planned: list[Sequence]) -> Flight | None:
+    def _attempt(self, planned: list[Sequence], shadows: Rows[Sequence] = ()) -> Flight | None:
         try:
-            return self._runner.launch(planned)
+            return self._runner.launch(planned, shadows)
         except torch.OutOfMemoryError as error:
             log.warning("no memory for a step of %d sequences: %s", len(planned), error)
         # Outside the handler: the exception holds on to what the step had allocated.
@@ -267,6 +260,7 @@ class Engine:
     def _take_in(self, flight: Flight) -> list[Output]:
         """Wait for what a step drew; sequences that ended in the meantime have no use for it."""
         drawn = iter(flight.arrive())
+        self._probed = sum(flight.probed(), self._probed)
         outputs = []
         for draw in flight.draws:
             token, logprobs = next(drawn) if draw.wants_token else (None, None)
@@ -311,7 +305,9 @@ class Engine:
 
     def _part(self, seq: Sequence) -> None:
         """The prompt is computed once: its other continuations now go their own ways."""
-        self._cache.seal(seq)
+        is_first = not seq.n_generated and seq.request.sampling.max_tokens > 1
+        is_probed = is_first and is_sampled(seq.request.id, self._probe_share)
+        self._scheduler.seal(seq, is_probed=is_probed)
         for fork in seq.forks:
             fork.scheduled_at, fork.n_cached = seq.scheduled_at, seq.n_cached
             self._scheduler.fork(seq, fork)
@@ -331,7 +327,7 @@ class Engine:
     # Reports.
 
     def _live(self) -> Iterator[Sequence]:
-        return (seq for sequences in self._sequences.values() for seq in sequences)
+        return chain(self._scheduler.shadows, *self._sequences.values())
 
     def check(self) -> None:
         """Prove that every page is accounted for; AssertionError carries the ledger."""
@@ -346,6 +342,8 @@ class Engine:
             kv_usage=cache.usage,
             kv_bytes=cache.bytes_in_use,
             kv_tokens=cache.tokens,
+            kv_full_bytes=cache.full_bytes,
+            kv_kept=cache.kept,
             n_preempted=self._scheduler.n_preempted,
             n_steps=self._n_steps,
             prefix_queries=self._scheduler.prefix_queries,
@@ -355,6 +353,7 @@ class Engine:
             step_tokens=self._step_tokens,
             step_s=self._step_s,
             n_free_pages=self._cache.n_free_tokens // self.info.page_size,
+            probe=self._probed,
         )
 
 

@@ -24,8 +24,10 @@ from .device import Device
 _STEP = 8
 """Sizes beyond the smallest few are multiples of this, so that little is computed for nobody."""
 
-_FILL = {"tokens": 0, "positions": 0, "write_at": 0, "context_len": 1, "page_table": 0}
-"""What a row that belongs to nobody holds: one token, in the first slot of the scratch page."""
+_TOKEN = {"tokens": 0, "positions": 0, "write_at": 0, "rows": 0}
+_GEOMETRY = {"context_len": 1, "page_table": 0, "folded_table": 0, "folded_len": 0}
+"""What a row that belongs to nobody holds, by name in `Batch` and in `Tables`: one token, in the
+first slot of the scratch page and in the scratch row of state."""
 
 
 def recorded_sizes(max_sequences: int) -> list[int]:
@@ -51,16 +53,19 @@ class Graphs:
         self._sizes = sizes
         self._max_len = spec.max_len
         max_sequences = sizes[-1]
-        n_columns = -(-spec.max_len // (spec.page_size * TABLE_STEP)) * TABLE_STEP
-        columns = {"context_len": torch.int32, "page_table": torch.int32}
+        page_sizes = {"page_table": spec.page_size, "folded_table": cache.folded_size}
+        widths = {
+            name: -(-spec.max_len // ((size or spec.max_len) * TABLE_STEP)) * TABLE_STEP
+            for name, size in page_sizes.items()
+        }
         self._static = {
             name: torch.full(
-                (max_sequences, n_columns) if name == "page_table" else (max_sequences,),
+                (max_sequences, widths[name]) if name in widths else (max_sequences,),
                 value,
-                dtype=columns.get(name, torch.int64),
+                dtype=torch.int32 if name in _GEOMETRY else torch.int64,
                 device=device.device,
             )
-            for name, value in _FILL.items()
+            for name, value in (_TOKEN | _GEOMETRY).items()
         }
         self._rows = torch.arange(max_sequences + 1, device=device.device)
         self._query_start = self._rows.to(torch.int32)
@@ -103,6 +108,7 @@ class Graphs:
     def _batch(self, size: int) -> Batch:
         """What is recorded. Only the tensors count; the host's side is a bound on theirs."""
         static = {name: tensor[:size] for name, tensor in self._static.items()}
+        geometry = {name: static[name] for name in _GEOMETRY}
         n_pages = static["page_table"].shape[1]
         return Batch(
             tokens=static["tokens"],
@@ -112,19 +118,16 @@ class Graphs:
             query_start=tuple(range(size + 1)),
             context_len=(self._max_len,) * size,
             page_table=((0,) * n_pages,) * size,
-            rows=(-1,) * size,
+            rows=static["rows"],
             n_decode=size,
-            tables=Tables(
-                query_start=self._query_start[: size + 1],
-                context_len=static["context_len"],
-                page_table=static["page_table"],
-            ),
+            tables=Tables(query_start=self._query_start[: size + 1], **geometry),
         )
 
 
 def filled(arrays: Mapping[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     """What a replay reads of a step's arrays, with rows for nobody behind the others."""
-    return {name: _filled(arrays[name], size, value) for name, value in _FILL.items()}
+    values = _TOKEN | _GEOMETRY
+    return {name: _filled(arrays[name], size, value) for name, value in values.items()}
 
 
 def _filled(array: np.ndarray, size: int, value: int) -> np.ndarray:

@@ -64,6 +64,8 @@ def probe(device: str) -> Hardware:
             free_bytes=free_bytes,
             total_bytes=total_bytes,
             has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+            # AMD's devices before CDNA 4 have another format of the same width.
+            has_float8=torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9),
         )
     return Hardware(
         device="cpu",
@@ -156,8 +158,9 @@ def pages_that_fit(
     Raises `Refused` when that does not hold one sequence of `spec.max_len` tokens.
     """
     page_bytes = footprint.page_bytes(spec.page_size)
-    state_bytes = footprint.bytes_per_sequence * scheduler.max_sequences
-    # Scratch, and what sealing keeps to itself.
+    # Row 0 is scratch, like page 0.
+    state_bytes = footprint.bytes_per_sequence * (scheduler.max_sequences + 1)
+    # The scratch page, and what sealing keeps to itself.
     n_others = 1 + footprint.spare_pages
     pages_of_longest = -(-spec.max_len // spec.page_size)
     n_pages = max(0, budget.n_bytes - state_bytes) // page_bytes

@@ -54,8 +54,13 @@ def find_budget(
     if device.is_host:
         free_bytes = hardware.free_bytes - model.nbytes
         return cpu_budget(free_bytes, share) if wished is None else wished_budget(wished)
+    scheduler = config.scheduler
+    if config.cache.probe:
+        # The tokens of shadows come on top; each has the place of one that could run.
+        n_shadows = scheduler.max_sequences // 2
+        scheduler = replace(scheduler, max_tokens=scheduler.max_tokens + n_shadows)
     # Also for a pool whose size is given: kernels are compiled before the first request.
-    need = measure(model, kind, options, spec, device, config.scheduler, records=records)
+    need = measure(model, kind, options, spec, device, scheduler, records=records)
     device.trim()
     if wished is not None:
         return wished_budget(wished)
@@ -83,11 +88,12 @@ def measure(
 
     Raises `Refused` when the device has no memory even for that.
     """
-    # Everybody reads and writes the scratch page.
+    # Everybody reads and writes the scratch page, and the scratch row of state; page 1 stays zero
+    # and is what folded tokens are read from.
     cache = kind(spec, model.rotary, options, 2)
     model.bind(cache)
     runner = Runner(model, cache, spec.page_size, device)
-    planned = _fullest_step(spec, scheduler)
+    planned = _fullest_step(spec, scheduler, cache.folded_size)
     sizes = recorded_sizes(scheduler.max_sequences)
     graph_bytes = 0
     try:
@@ -105,16 +111,23 @@ def measure(
     return Need(step_bytes, graph_bytes)
 
 
-def _fullest_step(spec: CacheSpec, scheduler: SchedulerSettings) -> list[Sequence]:
+def _fullest_step(
+    spec: CacheSpec, scheduler: SchedulerSettings, folded_size: int
+) -> list[Sequence]:
     """As many sequences, tokens and rows of logits as a step may have; every sequence draws.
 
-    One of them has the longest context: what attention keeps per page goes by the widest row.
+    One of them has the longest context, folded where pages fold: what attention keeps per page goes
+    by the widest row.
     """
     n_decode = scheduler.max_sequences - 1
     left = scheduler.max_tokens - n_decode
     n_scored = min(SCORED_TOKENS, left, spec.max_len)
     prompts = [min(spec.max_len, left - at) for at in range(n_scored, left, spec.max_len)]
     decoding = [_planned(spec, spec.max_len if row == 0 else 1, 1) for row in range(n_decode)]
+    if folded_size:
+        for seq in decoding:
+            seq.folded = [1] * (seq.n_computed // folded_size)
+            seq.n_folded = len(seq.folded) * folded_size
     scored = _planned(spec, n_scored, n_scored, replace(_GREEDIEST, prompt_logprobs=20))
     return [*decoding, *(_planned(spec, n, n) for n in sorted(prompts)), scored]
 
@@ -129,4 +142,5 @@ def _planned(
         n_computed=n_tokens - n_planned,
         n_planned=n_planned,
         pages=[0] * -(-n_tokens // spec.page_size),
+        row=0,
     )

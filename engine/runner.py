@@ -12,10 +12,12 @@ import torch
 from ..cache.base import KVCache
 from ..core import faults
 from ..core.batch import TABLE_STEP, Batch, Tables
+from ..core.report import ProbeStats
 from ..core.sequence import Sequence, TokenLogprobs
 from ..models.transformer import Decoder
 from .device import Device
 from .graphs import Graphs, filled
+from .probe import compare
 from .sampler import Drawn, Sampler
 
 
@@ -44,6 +46,8 @@ class Flight:
     """In the order of the step's rows of ids; those that want no token come last."""
     arrive: Callable[[], list[Drawn]]
     """Waits for what was drawn, for the draws that want a token."""
+    probed: Callable[[], list[ProbeStats]] = list
+    """Waits for what shadows showed."""
 
     @property
     def is_awaited(self) -> bool:
@@ -71,14 +75,17 @@ class Runner:
         # Of the last flight.
         self._ids = torch.empty(0, dtype=torch.int64, device=device.device)
 
-    def launch(self, planned: Rows[Sequence]) -> Flight:
+    def launch(self, planned: Rows[Sequence], shadows: Rows[Sequence] = ()) -> Flight:
         """Compute the planned tokens of `planned` (single-token sequences first, at least one).
 
         The flight draws for each sequence that has no token left to compute, and for each fork that
         waits for its prompt. A pending token is taken from the flight before, on the device. Prompt
         log-probabilities are waited for and appended to their sequences. When this raises, it can
         be done again: no sequence has changed, and what it wrote to their pages stays their own.
+
+        Each of `shadows` has one token planned, as its original has, with which it is compared.
         """
+        planned = [*shadows, *planned]
         wanted = [_wanted_rows(seq) for seq in planned]
         drawing, scoring = _purposes(planned, wanted)
         draws = [draw for draw, _ in drawing]
@@ -92,7 +99,7 @@ class Runner:
             arrays = filled(arrays | geometry, size)
         elif not self._device.is_host:
             arrays |= geometry
-        arrays |= columns | _pending(planned) | {"rows": np.array(rows, dtype=np.int64)}
+        arrays |= columns | _pending(planned) | {"drawn_at": np.array(rows, dtype=np.int64)}
         moved = self._device.put(arrays)
         faults.hit("runner.forward")
         if "pending_at" in moved:
@@ -105,15 +112,20 @@ class Runner:
 
         faults.hit("runner.draw")
         scores = [(seq, self._scores(seq, logits[span])) for seq, span in scoring]
+        probed: Callable[[], list[ProbeStats]] = list
+        if shadows:
+            row_of: dict[Sequence | None, int] = {draw.sequence: row for draw, row in drawing}
+            originals = [row_of[shadow.original] for shadow in shadows]
+            probed = compare(logits, originals, range(len(shadows)), self._device)
         arrive: Callable[[], list[Drawn]] = list
         if sequences:
             if rows != list(range(len(logits))):
-                logits = logits.index_select(0, moved["rows"])
+                logits = logits.index_select(0, moved["drawn_at"])
             asked = {name: moved[name] for name in columns}
             self._ids, arrive = self._sampler.draw(logits, sequences, asked)
         for seq, score in scores:
             seq.prompt_logprobs.extend(score())
-        return Flight(draws, arrive)
+        return Flight(draws, arrive, probed)
 
     def _batch(
         self,
@@ -134,8 +146,10 @@ class Runner:
                 tuple(seq.pages[: -(-end // size)])
                 for seq, end in zip(planned, context_len, strict=True)
             ),
-            rows=tuple(seq.row for seq in planned),
+            rows=moved["rows"],
             n_decode=sum(seq.n_planned == 1 for seq in planned),
+            folded_table=tuple(tuple(seq.folded) for seq in planned),
+            folded_len=tuple(seq.n_folded for seq in planned),
             tables=(
                 Tables(**{name: moved[name] for name in geometry})
                 if "page_table" in moved
@@ -185,6 +199,8 @@ def _purposes(
 
 
 def _draws(seq: Sequence) -> list[Draw]:
+    if seq.original is not None:
+        return []
     leads = seq.n_computed < seq.n_prompt and not seq.n_generated
     own = Draw(seq, len(seq.tokens), leads, seq.prompt_logprobs)
     return [own, *(own._replace(sequence=fork, leads=False) for fork in seq.forks)]
@@ -203,15 +219,8 @@ def _arrays(
     shift = query_end - ends
     owner = np.repeat(np.arange(n), counts)
     positions = np.arange(len(owner)) - shift[owner]
-    n_pages = -(-ends // page_size)
-    n_columns = -(-int(n_pages.max()) // TABLE_STEP) * TABLE_STEP
-    page_table = np.zeros((n, n_columns), np.int32)
-    page_table[np.arange(n_columns) < n_pages[:, None]] = np.fromiter(
-        chain.from_iterable(
-            seq.pages[:end] for seq, end in zip(planned, n_pages.tolist(), strict=True)
-        ),
-        np.int32,
-    )
+    n_pages = (-(-ends // page_size)).tolist()
+    page_table = _table([seq.pages[:end] for seq, end in zip(planned, n_pages, strict=True)])
     page = page_table[owner, positions // page_size].astype(np.int64)
     batch = {
         "tokens": np.fromiter(
@@ -225,13 +234,27 @@ def _arrays(
         "write_at": page * page_size + positions % page_size,
         "logits_at": np.fromiter(chain.from_iterable(wanted), np.int64)
         + np.repeat(shift, [len(span) for span in wanted]),
+        "rows": np.fromiter((seq.row for seq in planned), np.int64, n),
     }
     geometry = {
         "query_start": np.concatenate(([0], query_end)).astype(np.int32),
         "context_len": ends.astype(np.int32),
         "page_table": page_table,
+        "folded_table": _table([seq.folded for seq in planned]),
+        "folded_len": np.fromiter((seq.n_folded for seq in planned), np.int32, n),
     }
     return batch, geometry
+
+
+def _table(pages: Rows[list[int]]) -> np.ndarray:
+    """[S, columns] int32 – lists of pages as rows of equal width, which end in the scratch page."""
+    n_pages = np.fromiter(map(len, pages), np.int64, len(pages))
+    n_columns = max(1, -(-int(n_pages.max()) // TABLE_STEP)) * TABLE_STEP
+    table = np.zeros((len(pages), n_columns), np.int32)
+    table[np.arange(n_columns) < n_pages[:, None]] = np.fromiter(
+        chain.from_iterable(pages), np.int32
+    )
+    return table
 
 
 def _pending(planned: Rows[Sequence]) -> dict[str, np.ndarray]:

@@ -2,6 +2,8 @@
 
 import bisect
 import heapq
+from collections.abc import Callable
+from functools import partial
 
 from ..cache.base import KVCache
 from ..core.config import SchedulerSettings
@@ -19,6 +21,9 @@ class Scheduler:
     prompts, oldest first, in chunks. When pages run out the youngest running sequence is preempted:
     it gives its pages back and recomputes later, from its old place in the queue. The oldest
     sequence can always preempt all others, so something always advances.
+
+    Shadows (`probe.py`) take what is left: whoever wants their place or their pages gets them, and
+    their tokens come on top of the budget.
     """
 
     def __init__(self, settings: SchedulerSettings, cache: KVCache) -> None:
@@ -26,6 +31,7 @@ class Scheduler:
         self._cache = cache
         self._running: list[Sequence] = []
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self._shadows: list[Sequence] = []
         self._n_scored_left = 0
         self.n_preempted = 0
         self.prefix_queries = 0
@@ -35,6 +41,11 @@ class Scheduler:
     def running(self) -> list[Sequence]:
         """Sequences that hold pages, oldest first."""
         return self._running
+
+    @property
+    def shadows(self) -> list[Sequence]:
+        """Those that take part in the next step, beside their originals."""
+        return self._shadows
 
     @property
     def n_waiting(self) -> int:
@@ -51,11 +62,45 @@ class Scheduler:
 
     def fork(self, seq: Sequence, child: Sequence) -> None:
         """Let `child` go on from the context of `seq`, or wait when there is no row or page."""
-        has_row = len(self._running) < self._settings.max_sequences
-        if has_row and self._cache.fork(seq, child):
+        if self._make_place() and self._insist(partial(self._cache.fork, seq, child)):
             self._start(child)
         else:
             self.add(child)
+
+    def seal(self, seq: Sequence, *, is_probed: bool) -> None:
+        """Seal a sequence whose prompt is computed.
+
+        With `is_probed` its next token is repeated by a shadow as well, if there is room for one.
+        """
+        # Sealing takes pages before it gives any back, and shadows keep those that it gives back.
+        has_room = self._cache.n_free_tokens >= seq.n_computed
+        if not has_room:
+            self.drop_shadows()
+        elif is_probed and self._n_places > 0:
+            # The very list of tokens, so that the one being drawn arrives in both.
+            shadow = Sequence(seq.request, seq.index, tokens=seq.tokens, original=seq)
+            if self._cache.fork(seq, shadow):
+                self._shadows.append(shadow)
+        self._cache.seal(seq)
+
+    def drop_shadows(self) -> bool:
+        """Release what shadows hold; False when there are none."""
+        shadows, self._shadows = self._shadows, []
+        for shadow in shadows:
+            self._cache.release(shadow)
+        return bool(shadows)
+
+    @property
+    def _n_places(self) -> int:
+        return self._settings.max_sequences - len(self._running) - len(self._shadows)
+
+    def _make_place(self) -> bool:
+        """Whether one more sequence may run; shadows give way."""
+        return self._n_places > 0 or self.drop_shadows()
+
+    def _insist(self, takes_pages: Callable[[], bool]) -> bool:
+        """Whether that succeeds, if need be with the pages of shadows."""
+        return takes_pages() or (self.drop_shadows() and takes_pages())
 
     def _start(self, seq: Sequence) -> None:
         bisect.insort(self._running, seq, key=self._age)
@@ -68,6 +113,8 @@ class Scheduler:
             self._waiting = [entry for entry in self._waiting if entry[1] is not seq]
             heapq.heapify(self._waiting)
         self._cache.release(seq)
+        if any(shadow.original is seq for shadow in self._shadows):
+            self.drop_shadows()
 
     def schedule(self) -> list[Sequence]:
         """Set `n_planned` of the sequences that take part in the next step, and return them.
@@ -86,6 +133,7 @@ class Scheduler:
         preempted = self._reserve()
         if not preempted:
             self._admit(budget)
+        self._plan_shadows()
         planned = [seq for seq in self._running if seq.n_planned]
         return sorted(planned, key=lambda seq: seq.n_planned > 1)
 
@@ -108,7 +156,7 @@ class Scheduler:
         position = 0
         while position < len(self._running):
             seq = self._running[position]
-            while not self._cache.reserve(seq, seq.n_planned):
+            while not self._insist(partial(self._cache.reserve, seq, seq.n_planned)):
                 preempted = True
                 victim = self._running[-1]
                 self._preempt(victim)
@@ -117,6 +165,15 @@ class Scheduler:
             else:
                 position += 1
         return preempted
+
+    def _plan_shadows(self) -> None:
+        """Let shadows go along with their originals, in pages that nobody else wanted."""
+        for shadow in self._shadows:
+            assert shadow.original is not None
+            shadow.n_planned = shadow.original.n_planned
+            shadow.pending_row = shadow.original.pending_row
+        if not all(self._cache.reserve(shadow, shadow.n_planned) for shadow in self._shadows):
+            self.drop_shadows()
 
     def _preempt(self, seq: Sequence) -> None:
         self._running.remove(seq)
@@ -130,12 +187,12 @@ class Scheduler:
 
     def _admit(self, budget: int) -> None:
         """Start waiting sequences, in order, while tokens, rows and pages last."""
-        while self._waiting and budget and len(self._running) < self._settings.max_sequences:
+        while self._waiting and budget and self._make_place():
             seq = self._waiting[0][1]
             found = self._cache.attach(seq)
             # Pages for the whole prompt, not only for its first chunk: a prompt that ran out of
             # them half-way would preempt its neighbours, or itself, for nothing.
-            if not self._cache.reserve(seq, seq.n_uncomputed):
+            if not self._insist(partial(self._cache.reserve, seq, seq.n_uncomputed)):
                 self._cache.release(seq)
                 seq.n_computed = 0
                 return

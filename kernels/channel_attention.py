@@ -1,77 +1,56 @@
 """Decode attention over two kinds of pages: folded ones, then full ones, with one softmax.
 
-A folded page holds the kept channels of its tokens' keys and values, as they are or as codes
-(`kernels/quantize.py`). It is as many bytes as a full page, and therefore more tokens. A query
-reads folded pages with the same kept channels of its own; the scale of the scores stays that of all
+A folded page (`kernels/folded_pages.py`) holds the kept channels of its tokens' keys and values.
+A query reads it with the same kept channels of its own; the scale of the scores stays that of all
 channels, and dropped channels of values count as zero. Pruned channels by ThinK (arXiv:2407.21018
 §3), codes as in KIVI (arXiv:2402.02750 §3).
 
 Nothing is dequantised: with k̂ = a ⊙ code + b the factor goes into the query,
 q · k̂ = (q ⊙ a) · code + q · b, and for values into the weight of the token.
+
+Planned and split as in `kernels/decode_attention.py`: page by page in torch; in Triton by chunks,
+each of folded pages or of full ones.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .decode_attention import (
+    LEAST_CHUNK,
     DecodePlan,
+    LeadingKeys,
+    SplitPlan,
     add_up,
+    attend_chunk,
+    chunk_constants,
     common_sizes,
     highest_of,
+    merge_chunks,
     multiply_pages,
+    n_programs,
     plan_decode,
+    plan_split,
     sum_pages,
 )
-from .dispatch import check
-from .quantize import affine, quantize, unpack
+from .dispatch import check, jit, tl
+from .folded_pages import FoldedPages
+from .paged import check_pools, padded, pages_of, tile_of, weigh
+from .quantize import affine, unpack
 
 # Numbers of one tile, which is copied or widened and multiplied while the caches hold it: half or
 # twice as many make no difference, with a quarter as many codes a step took a quarter longer, with
 # four times as many in float32 a third (one core, AVX512_BF16).
 _TILE_NUMBERS = 2**20
 
+# Tokens of a Triton tile of codes, at most: with twice as many, programs for 128 channels spill on
+# an H200, and on an MI300X two do not find registers enough.
+_CODES_TILE = 32
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoldedPages:
-    """Folded pages of one layer: usually views into the memory that full pages share.
-
-    Tokens are in key_groups of equal size, F = key_groups · group_tokens in all, the U channels of
-    values in value_groups; there is one of each where numbers are stored as they are.
-
-    Attributes:
-        bits: of a code; None for numbers as they are.
-        keys: [pages, kv_heads, key_groups, group_tokens, T] float, or [..., T · bits / 8] int8.
-        values: [pages, kv_heads, value_groups, F, U / value_groups] float, or
-            [..., bits / 8 of that] int8.
-        key_scale: [pages, kv_heads, key_groups, 2, T] float16 – scale and minimum of each group of
-            tokens, per channel; None without bits.
-        value_scale: [pages, kv_heads, value_groups, 2, F] float16 – scale and minimum of each
-            token's channels; None without bits.
-    """
-
-    bits: int | None
-    keys: Tensor
-    values: Tensor
-    key_scale: Tensor | None
-    value_scale: Tensor | None
-
-    @property
-    def n_tokens(self) -> int:
-        """F, tokens of a page."""
-        return self.values.shape[3]
-
-    @property
-    def n_channels(self) -> int:
-        """T, channels of a stored key."""
-        return self.keys.shape[4] * 8 // (self.bits or 8)
-
-    @property
-    def n_value_channels(self) -> int:
-        """U, channels of a stored value."""
-        return self.values.shape[2] * self.values.shape[4] * 8 // (self.bits or 8)
+Kept = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +83,7 @@ class ChannelPlan:
 
 def plan_channels(
     folded_table: Sequence[Sequence[int]],
+    folded_len: Sequence[int],
     page_table: Sequence[Sequence[int]],
     context_len: Sequence[int],
     n_tokens: int,
@@ -117,6 +97,7 @@ def plan_channels(
 
     Args:
         folded_table: per sequence its folded pages; they hold its first tokens.
+        folded_len: per sequence the tokens in them; only the last page may be filled partly.
         page_table: per sequence its full pages, page i for tokens [i · page_size, …); those of
             tokens in folded pages are not read.
         context_len: per sequence the keys visible to its query, the query's own included, of which
@@ -130,14 +111,15 @@ def plan_channels(
     Raises:
         ValueError: a context is empty or longer than its pages.
     """
-    ends = [n_tokens * len(pages) for pages in folded_table]
     starts = [0 if window is None else max(0, length - window) for length in context_len]
-    rows = [row for row, (start, end) in enumerate(zip(starts, ends, strict=True)) if start < end]
+    rows = [
+        row for row, (start, end) in enumerate(zip(starts, folded_len, strict=True)) if start < end
+    ]
     folded = None
     if rows:
         entries = plan_decode(
             [folded_table[row] for row in rows],
-            [ends[row] for row in rows],
+            [folded_len[row] for row in rows],
             n_tokens,
             None,
             device,
@@ -158,54 +140,25 @@ def plan_channels(
             window,
             device,
             token_bytes=token_bytes,
-            first_token=ends,
+            first_token=folded_len,
         ),
         folded=folded,
     )
 
 
-def channel_attention(
+def _torch(
     q: Tensor,
-    kept: tuple[Tensor | None, Tensor | None],
+    kept: Kept,
     folded: FoldedPages,
     k_pages: Tensor,
     v_pages: Tensor,
     plan: ChannelPlan,
     scale: float,
 ) -> Tensor:
-    """Attend from one query per sequence to its folded pages and to its full ones.
-
-    Semantics: o[s, h, :] = Σ_j softmax_j(scale · score[s, h, j]) V[s, j, g, :], g = h // group,
-    with score[s, h, j] = Σ_c q[s, h, kept[s, g, c]] · K[s, j, g, c] for a token j in a folded page
-    and q[s, h, :] · K[s, j, g, :] in a full one; V is zero where a folded page keeps no channel.
-
-    Scores and weights are rounded to q's dtype between the products of folded pages, and so are
-    queries and weights after they were multiplied by the scales of codes. A sequence's result is
-    bitwise the same alone, among any neighbours and on whatever pages, and without folded pages it
-    is that of `decode_attention`. Unused slots of full pages may hold anything, NaN included.
-
-    Args:
-        q: [sequences, heads, head_dim] float – rotated queries (read).
-        kept: [sequences, kv_heads, T] and [sequences, kv_heads, U] int64 – channels of the keys and
-            of the values in folded pages (read); rows of sequences without such pages may hold
-            anything. None where all channels are kept.
-        folded: folded pages, of q's dtype or codes (read).
-        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – full keys (read).
-        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – full values (read).
-        plan: from `plan_channels`, for the same sequences.
-        scale: factor of the scores, usually 1 / sqrt(head_dim).
-
-    Returns:
-        [sequences, heads, head_dim] of q's dtype.
-
-    Raises:
-        ValueError: an argument's shape, dtype or device does not fit the others.
-    """
     sums, highest = sum_pages(q, k_pages, v_pages, plan.full, scale)
     if plan.folded is not None:
         rows, group = plan.folded.sequences, sums.shape[2]
         grouped = q.view(*sums.shape[:3], -1).index_select(0, rows)
-        _check_folded(q, kept, folded, sums.shape[:2])
         at, at_value = (
             x if x is None else x.index_select(0, rows).unsqueeze(2).expand(-1, -1, group, -1)
             for x in kept
@@ -224,57 +177,24 @@ def channel_attention(
     return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)
 
 
-def write_folded(k: Tensor, v: Tensor, pages: Tensor, out: FoldedPages) -> None:
-    """Store the keys and values of F tokens in each of some folded pages.
-
-    Args:
-        k: [n, kv_heads, F, T] float – kept channels of rotated keys (read).
-        v: [n, kv_heads, F, U] float – kept channels of values (read).
-        pages: [n] int64 – which pages, all different.
-        out: where they are (written).
-
-    Raises:
-        ValueError: the shapes do not fit the pages.
-    """
-    tokens = (len(pages), out.keys.shape[1], out.n_tokens)
-    check(k, "k", shape=(*tokens, out.n_channels))
-    check(v, "v", shape=(*tokens, out.n_value_channels))
-    k = k.reshape(*tokens[:2], out.keys.shape[2], -1, out.n_channels)
-    v = v.reshape(*tokens, out.values.shape[2], -1).transpose(2, 3)
-    if out.bits is None:
-        out.keys[pages], out.values[pages] = k, v
-        return
-    assert out.key_scale is not None
-    assert out.value_scale is not None
-    out.keys[pages], out.key_scale[pages] = quantize(k, out.bits, -2)
-    out.values[pages], out.value_scale[pages] = quantize(v, out.bits, -1)
-
-
-def _check_folded(
-    q: Tensor,
-    kept: tuple[Tensor | None, Tensor | None],
-    folded: FoldedPages,
-    rows_and_heads: torch.Size,
-) -> None:
-    stored = q.dtype if folded.bits is None else torch.int8
-    pool = (None, rows_and_heads[1], None, None, None)
-    check(folded.keys, "folded.keys", shape=pool, dtype=stored, device=q.device)
-    check(folded.values, "folded.values", shape=pool, dtype=stored, device=q.device)
-    widths = {"keys": folded.n_channels, "values": folded.n_value_channels}
-    for (name, width), at in zip(widths.items(), kept, strict=True):
-        if at is not None:
-            check(at, f"kept {name}", shape=(*rows_and_heads, width), dtype=torch.int64)
-        elif width != q.shape[2]:
-            raise ValueError(f"folded.{name} has {width} channels, wanted {q.shape[2]}")
-
-
 def _sum_folded(
     q: Tensor, folded: FoldedPages, plan: FoldedPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What `sum_pages` returns, for folded pages and queries [sequences, kv_heads, group, T]."""
-    entries, bits = plan.entries, folded.bits
-    rows = q.index_select(0, entries.owner)
-    score = _product(rows, folded.keys, folded.key_scale, bits, q.dtype, plan, transposed=True)
+    entries, keys, key_scale = plan.entries, folded.keys, folded.key_scale
+    if key_scale is None:
+        # Without scales to tell them apart all groups are one matrix.
+        keys = keys.view(*keys.shape[:2], 1, folded.n_tokens, -1)
+    else:
+        key_scale = key_scale.index_select(0, plan.pages)
+    score = _product(
+        q.index_select(0, entries.owner),
+        (keys[pages] for pages in _tiles(entries, keys[0].numel())),
+        key_scale,
+        folded.bits,
+        q.dtype,
+        transposed=True,
+    )
     if len(entries.partial):
         seen = score.index_select(0, entries.partial)
         seen.masked_fill_(entries.hidden[:, None, None, :], -torch.inf)
@@ -282,19 +202,46 @@ def _sum_folded(
     highest = highest_of(score.amax(dim=-1, keepdim=True), entries)
     weight = score.sub_(highest.index_select(0, entries.owner)).mul_(scale).exp_()
     mass = weight.sum(dim=-1, keepdim=True)
+
+    values, value_scale = folded.values, folded.value_scale
+    if value_scale is not None:
+        value_scale = value_scale.index_select(0, plan.pages)
     part = _product(
-        weight, folded.values, folded.value_scale, bits, q.dtype, plan, transposed=False
+        weight,
+        (values[pages] for pages in _tiles(entries, values[0].numel())),
+        value_scale,
+        folded.bits,
+        q.dtype,
+        transposed=False,
     )
+    # As in `sum_pages`: what a hidden slot holds, or its scale, may be NaN, which a weight of zero
+    # does not silence.
+    if bool(part.index_select(0, entries.partial).isnan().any()):
+        hidden = entries.hidden[:, None, None, :]
+        here = values.index_select(0, entries.partial_pages)
+        if value_scale is None:
+            here = here.to(q.dtype).masked_fill_(hidden.unsqueeze(4), 0)
+        else:
+            value_scale = value_scale.index_select(0, entries.partial)
+            value_scale.masked_fill_(hidden.unsqueeze(3), 0)
+        redone = _product(
+            weight.index_select(0, entries.partial),
+            (here,),
+            value_scale,
+            folded.bits,
+            q.dtype,
+            transposed=False,
+        )
+        part.index_copy_(0, entries.partial, redone)
     return add_up(torch.cat((part, mass), dim=-1), entries), highest
 
 
 def _product(
     x: Tensor,
-    stored: Tensor,
+    stored: Iterable[Tensor],
     scale: Tensor | None,
     bits: int | None,
     dtype: torch.dtype,
-    plan: FoldedPlan,
     *,
     transposed: bool,
 ) -> Tensor:
@@ -302,11 +249,11 @@ def _product(
 
     Args:
         x: [entries, kv_heads, group, a] float – queries or weights.
-        stored: [pages, kv_heads, groups, b, a] if transposed, else [pages, kv_heads, groups, a, b].
-        scale: [pages, kv_heads, groups, 2, a] – scale and minimum of codes, or None.
+        stored: the pages of some entries after the other, in all
+            [entries, kv_heads, groups, b, a] if transposed, else [entries, kv_heads, groups, a, b].
+        scale: [entries, kv_heads, groups, 2, a] – scale and minimum of codes, or None.
         bits: of a code, or None.
         dtype: of the product's factors.
-        plan: the entries and their pages.
         transposed: multiply by the transposed matrices.
 
     Returns:
@@ -317,18 +264,15 @@ def _product(
     base = None
     if scale is not None and bits is not None:
         wide = wide.float()
-        factor, low = (
-            part.unsqueeze(3) for part in affine(scale.index_select(0, plan.pages), bits)
-        )
+        factor, low = (part.unsqueeze(3) for part in affine(scale, bits))
         base = (wide * low).sum(dim=4, keepdim=True)
         wide = wide * factor
     rows = wide.to(dtype).flatten(1, 2)
     blocks = []
     at = 0
-    for pages in _tiles(plan.entries, stored[0].numel()):
-        matrices = stored[pages].flatten(1, 2)
-        if bits is not None:
-            matrices = unpack(matrices, bits, dtype)
+    for pages in stored:
+        matrices = pages.flatten(1, 2)
+        matrices = matrices.to(dtype) if bits is None else unpack(matrices, bits, dtype)
         here = rows[at : at + len(matrices)]
         blocks.append(multiply_pages(here, matrices, transposed=transposed))
         at += len(matrices)
@@ -346,3 +290,510 @@ def _tiles(plan: DecodePlan, page_numbers: int) -> Iterator[slice | Tensor]:
             yield slice(begin, min(begin + n, page + length))
     for begin in range(0, len(plan.gathered), n):
         yield plan.gathered[begin : begin + n]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelSplitPlan:
+    """Which chunks of folded and of full pages a decode step reads; made on the device.
+
+    Attributes:
+        split: the chunks.
+        folded_table: [S, P] int32 – folded pages of every sequence.
+        folded_len: [S] int32 – tokens in them.
+    """
+
+    split: SplitPlan
+    folded_table: Tensor
+    folded_len: Tensor
+
+
+def plan_channel_split(
+    folded_table: Tensor,
+    folded_len: Tensor,
+    page_table: Tensor,
+    context_len: Tensor,
+    folded: FoldedPages,
+    k_pages: Tensor,
+    heads: int,
+    window: int | None,
+    *,
+    least_chunk: int = LEAST_CHUNK,
+) -> ChannelSplitPlan:
+    """Lay out one decode step on the device, for all layers of one window; reads no tensor there.
+
+    Like `plan_split`: a captured graph may contain this call, and a sequence's chunks depend on its
+    own lengths alone.
+
+    Args:
+        folded_table: [S, P'] int32 – folded pages of every sequence (read); entries behind its
+            tokens are not read.
+        folded_len: [S] int32 – tokens in them, the sequence's first (read); 0 in an empty row.
+        page_table: [S, P] int32 – full pages, page i for tokens [i · page_size, …) (read); those of
+            tokens in folded pages are not read.
+        context_len: [S] int32 – keys visible to each query, the query's own included, of which at
+            least the last is in a full page (read); the result of a row that has none is 0.
+        folded: any layer's folded pages, for their shape.
+        k_pages: [pages, kv_heads, page_size, head_dim] – any layer's full keys, for their shape.
+        heads: query heads.
+        window: keys a query sees at most, its own included; None for all.
+        least_chunk: keys of a chunk of full pages, at least; of folded pages a chunk has as many
+            bytes.
+
+    Raises:
+        ValueError: an argument's shape or dtype does not fit the others.
+    """
+    run, _ = _run_and_tile(folded, k_pages.shape[3], k_pages.dtype)
+    least = least_chunk * folded.n_tokens // k_pages.shape[2]
+    leading = LeadingKeys(
+        table=folded_table,
+        length=folded_len,
+        align=run,
+        least_chunk=max(run, least - least % run),
+    )
+    split = plan_split(
+        page_table, context_len, k_pages, heads, window, least_chunk=least_chunk, leading=leading
+    )
+    return ChannelSplitPlan(split=split, folded_table=folded_table, folded_len=folded_len)
+
+
+def _run_and_tile(folded: FoldedPages, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens that no tile of others reaches into, and tokens of a tile.
+
+    The codes of a group share scales. Floats are cut into tiles wherever pages begin.
+    """
+    tile, _ = tile_of(head_dim, dtype)
+    if folded.bits is None:
+        return tile, tile
+    run = folded.keys.shape[3]
+    return run, min(_CODES_TILE, padded(run))
+
+
+@jit
+def _affine(scale_ptr, at, is_in, N: tl.constexpr, BITS: tl.constexpr):
+    """a and b of x̂ = a · code + b, float32: scales lie at `at`, their minima N further."""
+    step = tl.load(scale_ptr + at, is_in, other=0.0).to(tl.float32)
+    low = tl.load(scale_ptr + N + at, is_in, other=0.0).to(tl.float32)
+    return step, low + step * (1 << (BITS - 1))
+
+
+@jit
+def _group_at(
+    page,
+    key,
+    PAGE_STRIDE: tl.constexpr,
+    N_TOKENS: tl.constexpr,
+    RUN: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Where among the head's scales are those of the group that `key` begins."""
+    return page * PAGE_STRIDE + (key % N_TOKENS // RUN).to(tl.int64) * SIZE
+
+
+@jit
+def _scaled(q, scale_ptr, at, is_in, N: tl.constexpr, BITS: tl.constexpr):
+    """q ⊙ a, rounded to q's dtype, and q · b per row."""
+    a, b = _affine(scale_ptr, at, is_in, N, BITS)
+    wide = q.to(tl.float32)
+    return (wide * a).to(q.dtype), tl.sum(wide * b, 1)
+
+
+@jit
+def _halves(codes, BITS: tl.constexpr):
+    """The codes in the low half of each byte, and in the high half; twice the byte of 8 bits."""
+    if BITS == 4:
+        return (codes << 4).to(tl.int8) >> 4, codes >> 4
+    else:
+        return codes, codes
+
+
+@jit
+def _channels(kept_ptr, begin, channel, is_in):
+    """Where `channel` of what is stored is among all channels: the list of kept ones tells."""
+    if kept_ptr is None:
+        return channel
+    else:
+        return tl.load(kept_ptr + begin + channel, is_in, other=0)
+
+
+@jit
+def _attend_folded(
+    partial_ptr,
+    log_mass_ptr,
+    q_ptr,
+    kept_keys_ptr,
+    kept_values_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    folded_table_ptr,
+    work_ptr,
+    chunk,
+    kv_head,
+    scale,
+    q_stride,
+    q_head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    N_TOKENS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    KEY_SCALE_STRIDE: tl.constexpr,
+    VALUE_SCALE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One head of a chunk of folded pages: a part of the sequence's result.
+
+    A column is a stored number, or a byte of two: those of channels c and c + KEY_COLUMNS, or of
+    c and c + VALUE_COLUMNS within a value group. A row is a pair of a value group and one of HEADS
+    ≥ GROUP heads: the scales of a value group go into the weights, so that each has weights of its
+    own, and tiles have room for more rows than heads. BITS is 0 for floats; ROWS and widths are
+    padded; `scale` includes log2(e).
+    """
+    PER_COLUMN: tl.constexpr = 2 if BITS == 4 else 1
+    KEY_CHANNELS: tl.constexpr = KEY_COLUMNS * PER_COLUMN
+    GROUP_CHANNELS: tl.constexpr = VALUE_COLUMNS * PER_COLUMN
+    RUN_TILES: tl.constexpr = (RUN + TILE - 1) // TILE
+    row = tl.arange(0, ROWS)[:, None]
+    value_group = row // HEADS
+    is_head = (row % HEADS < GROUP) & (value_group < VALUE_GROUPS)
+    column = tl.arange(0, KEY_WIDTH)[None, :]
+    is_column = column < KEY_COLUMNS
+    value_column = tl.arange(0, VALUE_WIDTH)[None, :]
+    is_value = value_column < VALUE_GROUPS * VALUE_COLUMNS
+    column_group = value_column // VALUE_COLUMNS
+    in_group = value_column % VALUE_COLUMNS
+
+    work = work_ptr + chunk * 4
+    sequence = tl.load(work).to(tl.int64)
+    folded_table = folded_table_ptr + tl.load(work + 1)
+    begin, end = tl.load(work + 2), tl.load(work + 3)
+    head = kv_head * GROUP + row % HEADS
+    query = q_ptr + sequence * q_stride + head * q_head_stride
+    list_at = (sequence * KV_HEADS + kv_head) * KEY_CHANNELS
+    at = _channels(kept_keys_ptr, list_at, column, is_column)
+    q = tl.load(query + at, is_head & is_column, other=0.0)
+    if BITS == 4:
+        at = _channels(kept_keys_ptr, list_at, KEY_COLUMNS + column, is_column)
+        q_high = tl.load(query + at, is_head & is_column, other=0.0)
+
+    keys_ptr += kv_head * (N_TOKENS * KEY_COLUMNS) + column
+    values_ptr += kv_head * (VALUE_GROUPS * N_TOKENS * VALUE_COLUMNS)
+    if VALUE_GROUPS == 1:
+        values_ptr += value_column
+    else:
+        values_ptr += column_group * (N_TOKENS * VALUE_COLUMNS) + in_group
+    if BITS:
+        key_scale_ptr += kv_head * (N_TOKENS // RUN * 2 * KEY_CHANNELS)
+        value_scale_ptr += kv_head * (VALUE_GROUPS * 2 * N_TOKENS)
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    # Per column of a tile, as in `attend_chunk`; `shift` is what the minima of values add.
+    mass = tl.zeros([ROWS, TILE], tl.float32)
+    shift = tl.zeros([ROWS, TILE], tl.float32)
+    result = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    if BITS == 4:
+        result_high = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    run = begin - begin % RUN
+    behind = 0
+    page = pages_of(folded_table, run, end, N_TOKENS, RUN)
+    if BITS:
+        at = _group_at(page, run, KEY_SCALE_STRIDE, N_TOKENS, RUN, 2 * KEY_CHANNELS)
+        at = at + column
+        left, base = _scaled(q, key_scale_ptr, at, is_column, KEY_CHANNELS, BITS)
+        if BITS == 4:
+            at += KEY_COLUMNS
+            left_high, base_high = _scaled(q_high, key_scale_ptr, at, is_column, KEY_CHANNELS, BITS)
+    for _ in range(tl.cdiv(end - run, RUN) * RUN_TILES):
+        in_run = behind + tl.arange(0, TILE)
+        key = run + in_run
+        is_seen = (in_run < RUN) & (key >= begin) & (key < end)
+        slot = (key % N_TOKENS).to(tl.int64)
+        key_at = page * KEY_STRIDE + slot * KEY_COLUMNS
+        value_at = page * VALUE_STRIDE + slot * VALUE_COLUMNS
+        scale_at = page * VALUE_SCALE_STRIDE + slot
+        # What is not seen is not read: a weight of zero does not silence a NaN.
+        k = tl.load(keys_ptr + key_at[:, None], is_seen[:, None] & is_column, other=0.0)
+        v = tl.load(values_ptr + value_at[:, None], is_seen[:, None] & is_value, other=0.0)
+        behind += TILE
+        run += tl.where(behind < RUN, 0, RUN)
+        behind = tl.where(behind < RUN, behind, 0)
+        page = pages_of(folded_table, run, end, N_TOKENS, RUN)
+        if BITS:
+            at = _group_at(page, run, KEY_SCALE_STRIDE, N_TOKENS, RUN, 2 * KEY_CHANNELS)
+            at = at + column
+            k, k_high = _halves(k, BITS)
+            score = tl.dot(left, tl.trans(k.to(q.dtype)), input_precision="ieee")
+            score += base[:, None]
+            left, base = _scaled(q, key_scale_ptr, at, is_column, KEY_CHANNELS, BITS)
+            if BITS == 4:
+                at += KEY_COLUMNS
+                k_high = tl.trans(k_high.to(q.dtype))
+                score = tl.dot(left_high, k_high, score, input_precision="ieee")
+                score += base_high[:, None]
+                left_high, base_high = _scaled(
+                    q_high, key_scale_ptr, at, is_column, KEY_CHANNELS, BITS
+                )
+        else:
+            score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+        score = tl.where(is_seen[None, :], score, -float("inf"))
+        weight, fade, peak = weigh(score, peak, scale)
+        mass = mass * fade[:, None] + weight
+        result = result * fade[:, None]
+        if BITS:
+            scale_at = scale_at[None, :]
+            is_slot = is_seen[None, :]
+            a, b = _affine(value_scale_ptr, scale_at, is_slot, N_TOKENS, BITS)
+            for i in tl.static_range(1, VALUE_GROUPS):
+                scale_at += 2 * N_TOKENS
+                other_a, other_b = _affine(value_scale_ptr, scale_at, is_slot, N_TOKENS, BITS)
+                a = tl.where(value_group == i, other_a, a)
+                b = tl.where(value_group == i, other_b, b)
+            shift = shift * fade[:, None] + weight * b
+            weight *= a
+            v, v_high = _halves(v, BITS)
+            if BITS == 4:
+                result_high = result_high * fade[:, None]
+                result_high = tl.dot(
+                    weight.to(q.dtype), v_high.to(q.dtype), result_high, input_precision="ieee"
+                )
+        result = tl.dot(weight.to(q.dtype), v.to(q.dtype), result, input_precision="ieee")
+
+    total = tl.sum(mass, 1)
+    shift_sum = tl.sum(shift, 1)[:, None]
+    place = chunk * (KV_HEADS * GROUP) + head
+    part = partial_ptr + place * HEAD_DIM
+    is_first = is_head & (value_group == 0)
+    if kept_values_ptr is not None:
+        every = tl.arange(0, WIDTH)[None, :]
+        zeros = tl.zeros([ROWS, WIDTH], tl.float32)
+        tl.store(part + every, zeros, is_first & (every < HEAD_DIM))
+        # Other threads write the kept channels.
+        tl.debug_barrier()
+    is_out = is_head & is_value & (column_group == value_group)
+    list_at = (sequence * KV_HEADS + kv_head) * (VALUE_GROUPS * GROUP_CHANNELS)
+    channel = column_group * GROUP_CHANNELS + in_group
+    at = _channels(kept_values_ptr, list_at, channel, is_value)
+    tl.store(part + at, (result + shift_sum) / total[:, None], is_out)
+    if BITS == 4:
+        at = _channels(kept_values_ptr, list_at, channel + VALUE_COLUMNS, is_value)
+        tl.store(part + at, (result_high + shift_sum) / total[:, None], is_out)
+    log_mass = peak * scale + tl.log2(total)
+    tl.store(log_mass_ptr + place, log_mass[:, None], is_first)
+
+
+@jit
+def _kernel(
+    out_ptr,
+    partial_ptr,
+    log_mass_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    kept_keys_ptr,
+    kept_values_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    page_table_ptr,
+    folded_table_ptr,
+    folded_len_ptr,
+    n_work_ptr,
+    work_ptr,
+    n_chunks_ptr,
+    scale,
+    q_stride,
+    q_head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    N_TOKENS: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    VALUE_COLUMNS: tl.constexpr,
+    VALUE_GROUPS: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    KEY_SCALE_STRIDE: tl.constexpr,
+    VALUE_SCALE_STRIDE: tl.constexpr,
+    HEADS: tl.constexpr,
+    FOLDED_ROWS: tl.constexpr,
+    KEY_WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
+    RUN: tl.constexpr,
+    FOLDED_TILE: tl.constexpr,
+):
+    # Programs share pairs of a chunk and a kv head as in decode attention.
+    n_pairs = tl.load(n_work_ptr).to(tl.int64) * KV_HEADS
+    for i in range(tl.program_id(0), n_pairs, tl.num_programs(0)):
+        chunk = i // KV_HEADS
+        kv_head = i % KV_HEADS
+        sequence = tl.load(work_ptr + chunk * 4)
+        if tl.load(work_ptr + chunk * 4 + 2) < tl.load(folded_len_ptr + sequence):
+            _attend_folded(
+                partial_ptr, log_mass_ptr, q_ptr, kept_keys_ptr, kept_values_ptr, keys_ptr,
+                values_ptr, key_scale_ptr, value_scale_ptr, folded_table_ptr, work_ptr, chunk,
+                kv_head, scale, q_stride, q_head_stride, KV_HEADS, GROUP, HEAD_DIM, WIDTH, BITS,
+                N_TOKENS, KEY_COLUMNS, VALUE_COLUMNS, VALUE_GROUPS, KEY_STRIDE, VALUE_STRIDE,
+                KEY_SCALE_STRIDE, VALUE_SCALE_STRIDE, HEADS, FOLDED_ROWS, KEY_WIDTH, VALUE_WIDTH,
+                RUN, FOLDED_TILE,
+            )  # fmt: skip
+        else:
+            attend_chunk(
+                out_ptr, partial_ptr, log_mass_ptr, q_ptr, k_ptr, v_ptr, page_table_ptr, work_ptr,
+                n_chunks_ptr, chunk, kv_head, scale, q_stride, q_head_stride, KV_HEADS, GROUP,
+                HEAD_DIM, PAGE_SIZE, PAGE_STRIDE, HEAD_STRIDE, ROWS, WIDTH, TILE,
+            )  # fmt: skip
+
+
+def _triton(
+    q: Tensor,
+    kept: Kept,
+    folded: FoldedPages,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: ChannelSplitPlan,
+    scale: float,
+) -> Tensor:
+    split = plan.split
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _kernel[(n_programs(q.device),)](
+        out,
+        split.partial,
+        split.log_mass,
+        q,
+        k_pages,
+        v_pages,
+        *kept,
+        folded.keys,
+        folded.values,
+        folded.key_scale,
+        folded.value_scale,
+        split.page_table,
+        plan.folded_table,
+        plan.folded_len,
+        split.n_work,
+        split.work,
+        split.n_chunks,
+        scale * math.log2(math.e),
+        *q.stride()[:2],
+        **chunk_constants(q, k_pages, v_pages),
+        **_constants(q, folded),
+        num_warps=4,
+        num_stages=tile_of(q.shape[2], q.dtype)[1],
+    )
+    merge_chunks(split, out)
+    return out
+
+
+def _constants(q: Tensor, folded: FoldedPages) -> dict[str, int]:
+    """What `_attend_folded` must know at compile time, besides what `attend_chunk` must."""
+    _, kv_heads, value_groups, n_tokens, value_columns = folded.values.shape
+    key_columns = folded.keys.shape[4]
+    run, tile = _run_and_tile(folded, q.shape[2], q.dtype)
+    heads = _power_of_two(q.shape[1] // kv_heads)
+    key_scale, value_scale = folded.key_scale, folded.value_scale
+    return {
+        "BITS": folded.bits or 0,
+        "N_TOKENS": n_tokens,
+        "KEY_COLUMNS": key_columns,
+        "VALUE_COLUMNS": value_columns,
+        "VALUE_GROUPS": value_groups,
+        "KEY_STRIDE": folded.keys.stride(0),
+        "VALUE_STRIDE": folded.values.stride(0),
+        "KEY_SCALE_STRIDE": 0 if key_scale is None else key_scale.stride(0),
+        "VALUE_SCALE_STRIDE": 0 if value_scale is None else value_scale.stride(0),
+        "HEADS": heads,
+        "FOLDED_ROWS": padded(heads * value_groups),
+        "KEY_WIDTH": padded(key_columns),
+        "VALUE_WIDTH": padded(value_groups * value_columns),
+        "RUN": run,
+        "FOLDED_TILE": tile,
+    }
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def channel_attention(
+    q: Tensor,
+    kept: Kept,
+    folded: FoldedPages,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan: ChannelPlan | ChannelSplitPlan,
+    scale: float,
+) -> Tensor:
+    """Attend from one query per sequence to its folded pages and to its full ones.
+
+    Semantics: o[s, h, :] = Σ_j softmax_j(scale · score[s, h, j]) V[s, j, g, :], g = h // group,
+    with score[s, h, j] = Σ_c q[s, h, kept[s, g, c]] · K[s, j, g, c] for a token j in a folded page
+    and q[s, h, :] · K[s, j, g, :] in a full one; V is zero where a folded page keeps no channel.
+
+    The plan decides the path. Weights are rounded to q's dtype before the second product, in torch
+    also scores after the first, and queries and weights after they were multiplied by the scales of
+    codes. A sequence's result is bitwise the same alone, among any neighbours and on whatever
+    pages, and without folded pages it is that of `decode_attention`. Unused slots of both kinds of
+    pages may hold anything, NaN included.
+
+    Args:
+        q: [sequences, heads, head_dim] float – rotated queries (read).
+        kept: [sequences, kv_heads, T] and [sequences, kv_heads, U] int64 – channels of the keys and
+            of the values in folded pages (read); rows of sequences without such pages may hold
+            anything. None where all channels are kept.
+        folded: folded pages, of q's dtype, 8-bit floats or codes (read); of each kind of number a
+            page's lie together.
+        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – full keys (read).
+        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – full values (read).
+        plan: from `plan_channels` or `plan_channel_split`, for the same sequences.
+        scale: factor of the scores, usually 1 / sqrt(head_dim).
+
+    Returns:
+        [sequences, heads, head_dim] of q's dtype.
+
+    Raises:
+        ValueError: an argument's shape, dtype, layout or device does not fit the others.
+    """
+    _check_folded(q, kept, folded)
+    if isinstance(plan, ChannelSplitPlan):
+        n, (_, heads, head_dim) = len(plan.folded_len), plan.split.partial.shape
+        check(q, "q", shape=(n, heads, head_dim), device=plan.folded_len.device, dense=1)
+        check_pools(q, k_pages, v_pages, None)
+        return _triton(q, kept, folded, k_pages, v_pages, plan, scale)
+    return _torch(q, kept, folded, k_pages, v_pages, plan, scale)
+
+
+def _check_folded(q: Tensor, kept: Kept, folded: FoldedPages) -> None:
+    stored = (q.dtype, torch.float8_e4m3fn) if folded.bits is None else (torch.int8,)
+    kv_heads = folded.keys.shape[1]
+    pool = (None, kv_heads, None, None, None)
+    check(folded.keys, "folded.keys", shape=pool, dtype=stored, device=q.device, dense=4)
+    check(folded.values, "folded.values", shape=pool, dtype=stored, device=q.device, dense=4)
+    for name, scales in (("key", folded.key_scale), ("value", folded.value_scale)):
+        if scales is not None:
+            check(scales, f"folded.{name}_scale", dtype=torch.float16, device=q.device, dense=4)
+    widths = {"keys": folded.n_channels, "values": folded.n_value_channels}
+    for (name, width), at in zip(widths.items(), kept, strict=True):
+        if at is not None:
+            lists = (len(q), kv_heads, width)
+            check(at, f"kept {name}", shape=lists, dtype=torch.int64, device=q.device, dense=3)
+        elif width != q.shape[2]:
+            raise ValueError(f"folded.{name} has {width} channels, wanted {q.shape[2]}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import check, jit, tl
-from .paged import check_pools, padded, pages_of, rows_of, tile_of, weigh
+from .paged import check_pools, padded, pages_of, strides_of, tile_of, tokens_at, weigh
 
 # A run of consecutive pages is read in place. Its own two products cost 20 to 50 µs of calls, about
 # as much as gathering 100 KiB of keys and as many of values (one core, AVX512_BF16), so runs with
@@ -33,7 +33,7 @@ _SIZES_PER_OCTAVE = 4
 
 # Keys of a chunk at least: its partial result, written and read once, then has 3 % of the bytes of
 # its keys and values (4 heads that share them, bfloat16).
-_LEAST_CHUNK = 256
+LEAST_CHUNK = 256
 # Chunks of a sequence at most: for all kv heads together twice the programs of an H200. More would
 # not balance the load better, and partial results take memory.
 _MOST_CHUNKS = 16
@@ -301,14 +301,34 @@ def common_sizes(n: int) -> Iterator[int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeadingKeys:
+    """The first keys of contexts, where they are not in the pages of the page table.
+
+    Attributes:
+        table: [S, P] int32 – the pages that hold them instead.
+        length: [S] int32 – how many keys these are, of which a window may hide some.
+        align: keys of theirs that chunks do not part.
+        least_chunk: keys of a chunk, at least; a multiple of `align`.
+        read: [S] int32 – how many of them are read, at most `length`: chunks then number these from
+            0, whichever they are; None for all that the window shows.
+    """
+
+    table: Tensor
+    length: Tensor
+    align: int
+    least_chunk: int
+    read: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPlan:
     """Which chunks of which contexts a decode step reads; made on the device, S sequences.
 
     Attributes:
         page_table: [S, P] int32 – pages of every context.
         n_work: [1] int32 – chunks of all sequences.
-        work: [W, 4] int32 – per chunk its sequence, the offset of that one's pages in the page
-            table, the first key, and the key behind the last; W is the most there can be.
+        work: [W, 4] int32 – per chunk its sequence, the offset of that one's pages in their table,
+            the first key, and the key behind the last; W is the most there can be.
         work_start: [S] int32 – first chunk of every sequence.
         n_chunks: [S] int32 – chunks of every sequence.
         partial: [W, heads, head_dim] float32 – scratch: results of the chunks.
@@ -331,12 +351,14 @@ def plan_split(
     heads: int,
     window: int | None,
     *,
-    least_chunk: int = _LEAST_CHUNK,
+    least_chunk: int = LEAST_CHUNK,
+    leading: LeadingKeys | None = None,
 ) -> SplitPlan:
     """Lay out one decode step on the device, for all layers of one window; reads no tensor there.
 
     A context is cut into chunks of equal length, which depends on its own length alone, so that a
     sequence's result does not depend on its neighbours. A captured graph may contain this call.
+    Leading keys have chunks of their own, before the others; pages are not read in their place.
 
     Args:
         page_table: [S, P] int32 – pages of every context (read); entries behind it are not read.
@@ -346,6 +368,8 @@ def plan_split(
         heads: query heads.
         window: keys a query sees at most, its own included; None for all.
         least_chunk: keys of a chunk, at least.
+        leading: the keys that are elsewhere, of which a row without visible keys has none; None
+            for none at all.
 
     Raises:
         ValueError: an argument's shape or dtype does not fit the others.
@@ -361,7 +385,18 @@ def plan_split(
     room = page_table.shape[1] * page_size
     if window is not None:
         room = min(room, window + tile)
-    n_most = n * min(limit, -(-room // least_chunk))
+    per_row = min(limit, -(-room // least_chunk))
+    if leading is not None:
+        table, length = leading.table, leading.length
+        check(table, "leading.table", shape=(n, None), dtype=torch.int32, device=device, dense=1)
+        check(length, "leading.length", shape=(n,), dtype=torch.int32, device=device, dense=1)
+        # Chunks of both kinds are rounded up at both ends.
+        per_row = min(limit, -(-room // min(least_chunk, leading.least_chunk))) + 3
+        if leading.read is not None:
+            check(leading.read, "leading.read", shape=(n,), dtype=torch.int32, device=device)
+            # They are cut as if there were no others, and the others as if all were read.
+            per_row *= 2
+    n_most = n * per_row
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -381,25 +416,77 @@ def plan_split(
         plan.work_start,
         plan.n_chunks,
         context_len,
+        None if leading is None else leading.length,
+        None if leading is None else leading.read,
         page_table.stride(0),
+        0 if leading is None else leading.table.stride(0),
         _ALL if window is None else window,
         limit,
         TILE=tile,
         LEAST=least_chunk,
+        LEADING_ALIGN=tile if leading is None else leading.align,
+        LEADING_LEAST=least_chunk if leading is None else leading.least_chunk,
         BLOCK=_BLOCK,
     )
     return plan
 
 
 @jit
-def _split(end, window, limit, TILE: tl.constexpr, LEAST: tl.constexpr):
-    """First key of a context that is seen, where its chunks begin, their length and number."""
+def _split(begin, end, span, limit, ALIGN: tl.constexpr, LEAST: tl.constexpr):
+    """Where the chunks of the keys begin … < end begin, their length and their number.
+
+    No more than `limit` of them would hold `span` keys.
+    """
+    base = begin - begin % ALIGN
+    chunk = tl.cdiv(span, limit) + ALIGN - 1
+    chunk = tl.maximum(chunk - chunk % ALIGN, LEAST)
+    return base, chunk, tl.where(begin < end, tl.cdiv(end - base, chunk), 0)
+
+
+@jit
+def _plan_row(
+    context_len_ptr,
+    leading_len_ptr,
+    leading_read_ptr,
+    sequence,
+    is_in,
+    window,
+    limit,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,
+    LEADING_ALIGN: tl.constexpr,
+    LEADING_LEAST: tl.constexpr,
+):
+    """Of leading keys and of the others: first and end, and what `_split` says of them."""
+    end = tl.load(context_len_ptr + sequence, is_in, other=0)
     first = tl.maximum(end - window, 0)
-    base = first - first % TILE
-    chunk = tl.cdiv(end - base, limit) + TILE - 1
-    chunk = tl.maximum(chunk - chunk % TILE, LEAST)
+    span = end - first + first % TILE
+    edge = first
+    if leading_len_ptr is not None:
+        edge = tl.load(leading_len_ptr + sequence, is_in, other=0)
+    begin = tl.maximum(first, edge)
+    read_span = span
+    if leading_read_ptr is not None:
+        first, edge = 0, tl.load(leading_read_ptr + sequence, is_in, other=0)
+        read_span = edge
+    base, chunk, n = _split(first, edge, read_span, limit, LEADING_ALIGN, LEADING_LEAST)
+    rest_base, rest_chunk, rest_n = _split(begin, end, span, limit, TILE, LEAST)
     # An empty context has a chunk without keys: somebody must write its result.
-    return first, base, chunk, tl.maximum(tl.cdiv(end - base, chunk), 1)
+    rest_n = tl.maximum(rest_n, 1)
+    return (first, edge, base, chunk, n), (begin, end, rest_base, rest_chunk, rest_n)
+
+
+@jit
+def _put_chunks(work_ptr, place, keys, sequence, pages_at, BLOCK: tl.constexpr):
+    begin, end, base, chunk, n = keys
+    for at in range(0, n, BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        is_in = i < n
+        row = work_ptr + (place + i) * 4
+        tl.store(row, sequence, is_in)
+        tl.store(row + 1, pages_at, is_in)
+        tl.store(row + 2, tl.maximum(base + i * chunk, begin), is_in)
+        tl.store(row + 3, tl.minimum(base + (i + 1) * chunk, end), is_in)
 
 
 @jit
@@ -409,11 +496,16 @@ def _plan_kernel(
     work_start_ptr,
     n_chunks_ptr,
     context_len_ptr,
+    leading_len_ptr,
+    leading_read_ptr,
     page_table_stride,
+    leading_table_stride,
     window,
     limit,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
+    LEADING_ALIGN: tl.constexpr,
+    LEADING_LEAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One program per sequence; each counts the chunks of those before it.
@@ -421,24 +513,103 @@ def _plan_kernel(
     before = tl.zeros([BLOCK], tl.int64)
     for at in range(0, sequence, BLOCK):
         i = at + tl.arange(0, BLOCK)
-        end = tl.load(context_len_ptr + i, i < sequence, other=0)
-        _, _, _, n = _split(end, window, limit, TILE, LEAST)
-        before += tl.where(i < sequence, n, 0)
+        leading, rest = _plan_row(
+            context_len_ptr, leading_len_ptr, leading_read_ptr, i, i < sequence, window, limit,
+            TILE, LEAST, LEADING_ALIGN, LEADING_LEAST,
+        )  # fmt: skip
+        before += tl.where(i < sequence, leading[4] + rest[4], 0)
     place = tl.sum(before)
-    end = tl.load(context_len_ptr + sequence)
-    first, base, chunk, n = _split(end, window, limit, TILE, LEAST)
+    leading, rest = _plan_row(
+        context_len_ptr, leading_len_ptr, leading_read_ptr, sequence, True, window, limit,
+        TILE, LEAST, LEADING_ALIGN, LEADING_LEAST,
+    )  # fmt: skip
+    n = leading[4] + rest[4]
     tl.store(work_start_ptr + sequence, place)
     tl.store(n_chunks_ptr + sequence, n)
     if sequence == tl.num_programs(0) - 1:
         tl.store(n_work_ptr, place + n)
-    for at in range(0, n, BLOCK):
-        i = at + tl.arange(0, BLOCK)
-        is_in = i < n
-        row = work_ptr + (place + i) * 4
-        tl.store(row, sequence, is_in)
-        tl.store(row + 1, sequence * page_table_stride, is_in)
-        tl.store(row + 2, tl.maximum(base + i * chunk, first), is_in)
-        tl.store(row + 3, tl.minimum(base + (i + 1) * chunk, end), is_in)
+    _put_chunks(work_ptr, place, leading, sequence, sequence * leading_table_stride, BLOCK)
+    place += leading[4]
+    _put_chunks(work_ptr, place, rest, sequence, sequence * page_table_stride, BLOCK)
+
+
+@jit
+def attend_chunk(
+    out_ptr,
+    partial_ptr,
+    log_mass_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    work_ptr,
+    n_chunks_ptr,
+    chunk,
+    kv_head,
+    scale,
+    q_stride,
+    q_head_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One head of a chunk of full pages: the result if it is the sequence's only one, else a part.
+
+    ROWS ≥ GROUP and WIDTH ≥ HEAD_DIM are padded; `scale` includes log2(e).
+    """
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    is_head = row < GROUP
+    is_column = column < HEAD_DIM
+    work = work_ptr + chunk * 4
+    sequence = tl.load(work).to(tl.int64)
+    page_table = page_table_ptr + tl.load(work + 1)
+    begin, end = tl.load(work + 2), tl.load(work + 3)
+    head = kv_head * GROUP + row
+    is_q = is_head & is_column
+    query = q_ptr + sequence * q_stride + head * q_head_stride + column
+    q = tl.load(query, is_q, other=0.0)
+
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    # Per column of a tile, added up at the end only: a program's warps split the columns.
+    mass = tl.zeros([ROWS, TILE], tl.float32)
+    result = tl.zeros([ROWS, WIDTH], tl.float32)
+    first = begin - begin % TILE
+    page = pages_of(page_table, first, end, PAGE_SIZE, TILE)
+    for start in range(first, end, TILE):
+        key = start + tl.arange(0, TILE)
+        is_seen = (key >= begin) & (key < end)
+        is_in = is_seen[:, None] & is_column
+        at = kv_head * HEAD_STRIDE + tokens_at(page, key, PAGE_STRIDE, PAGE_SIZE, HEAD_DIM)
+        at = at[:, None] + column
+        page = pages_of(page_table, start + TILE, end, PAGE_SIZE, TILE)
+        # What is not seen is not read: a weight of zero does not silence a NaN.
+        k = tl.load(k_ptr + at, is_in, other=0.0)
+        v = tl.load(v_ptr + at, is_in, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        score = tl.where(is_seen[None, :], score, -float("inf"))
+        weight, fade, peak = weigh(score, peak, scale)
+        mass = mass * fade[:, None] + weight
+        result = result * fade[:, None]
+        result = tl.dot(weight.to(v.dtype), v, result, input_precision="ieee")
+
+    total = tl.sum(mass, 1)
+    # A chunk without keys gives 0.
+    result /= tl.where(total == 0, 1.0, total)[:, None]
+    if tl.load(n_chunks_ptr + sequence) == 1:
+        vector = (sequence * (KV_HEADS * GROUP) + head) * HEAD_DIM + column
+        tl.store(out_ptr + vector, result.to(out_ptr.dtype.element_ty), is_q)
+    else:
+        place = chunk * (KV_HEADS * GROUP) + head
+        tl.store(partial_ptr + place * HEAD_DIM + column, result, is_q)
+        log_mass = peak * scale + tl.log2(total)
+        tl.store(log_mass_ptr + place, log_mass[:, None], is_head)
 
 
 @jit
@@ -460,63 +631,21 @@ def _chunk_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     # Each program takes every n-th pair of a chunk and a kv head, head fastest, as the heads of a
-    # page are neighbours. ROWS ≥ GROUP and WIDTH ≥ HEAD_DIM are padded; `scale` includes log2(e).
-    row = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, WIDTH)[None, :]
-    is_head = row < GROUP
-    is_column = column < HEAD_DIM
+    # page are neighbours.
     n_pairs = tl.load(n_work_ptr).to(tl.int64) * KV_HEADS
     for i in range(tl.program_id(0), n_pairs, tl.num_programs(0)):
-        chunk = i // KV_HEADS
-        kv_head = i % KV_HEADS
-        work = work_ptr + chunk * 4
-        sequence = tl.load(work).to(tl.int64)
-        page_table = page_table_ptr + tl.load(work + 1)
-        begin, end = tl.load(work + 2), tl.load(work + 3)
-        head = kv_head * GROUP + row
-        is_q = is_head & is_column
-        query = q_ptr + sequence * q_stride + head * q_head_stride + column
-        q = tl.load(query, is_q, other=0.0)
-
-        peak = tl.full([ROWS], -float("inf"), tl.float32)
-        # Per column of a tile, added up at the end only: a program's warps split the columns.
-        mass = tl.zeros([ROWS, TILE], tl.float32)
-        result = tl.zeros([ROWS, WIDTH], tl.float32)
-        first = begin - begin % TILE
-        page = pages_of(page_table, first, end, PAGE_SIZE, TILE)
-        for start in range(first, end, TILE):
-            key = start + tl.arange(0, TILE)
-            is_seen = (key >= begin) & (key < end)
-            is_in = is_seen[:, None] & is_column
-            rows = rows_of(page, start, kv_head, KV_HEADS, PAGE_SIZE, TILE)
-            page = pages_of(page_table, start + TILE, end, PAGE_SIZE, TILE)
-            at = rows[:, None] * HEAD_DIM + column
-            # What is not seen is not read: a weight of zero does not silence a NaN.
-            k = tl.load(k_ptr + at, is_in, other=0.0)
-            v = tl.load(v_ptr + at, is_in, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
-            score = tl.where(is_seen[None, :], score, -float("inf"))
-            weight, fade, peak = weigh(score, peak, scale)
-            mass = mass * fade[:, None] + weight
-            result = result * fade[:, None]
-            result = tl.dot(weight.to(v.dtype), v, result, input_precision="ieee")
-
-        total = tl.sum(mass, 1)
-        # A chunk without keys gives 0.
-        result /= tl.where(total == 0, 1.0, total)[:, None]
-        if tl.load(n_chunks_ptr + sequence) == 1:
-            vector = (sequence * (KV_HEADS * GROUP) + head) * HEAD_DIM + column
-            tl.store(out_ptr + vector, result.to(out_ptr.dtype.element_ty), is_q)
-        else:
-            place = chunk * (KV_HEADS * GROUP) + head
-            tl.store(partial_ptr + place * HEAD_DIM + column, result, is_q)
-            log_mass = peak * scale + tl.log2(total)
-            tl.store(log_mass_ptr + place, log_mass[:, None], is_head)
+        attend_chunk(
+            out_ptr, partial_ptr, log_mass_ptr, q_ptr, k_ptr, v_ptr, page_table_ptr, work_ptr,
+            n_chunks_ptr, i // KV_HEADS, i % KV_HEADS, scale, q_stride, q_head_stride,
+            KV_HEADS, GROUP, HEAD_DIM, PAGE_SIZE, PAGE_STRIDE, HEAD_STRIDE, ROWS, WIDTH, TILE,
+        )  # fmt: skip
 
 
 @jit
@@ -563,12 +692,8 @@ def _merge_kernel(
 
 
 def _triton(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: SplitPlan, scale: float) -> Tensor:
-    n, heads, head_dim = q.shape
-    _, kv_heads, page_size, _ = k_pages.shape
-    out = torch.empty((n, heads, head_dim), dtype=q.dtype, device=q.device)
-    tile, stages = tile_of(head_dim, k_pages.dtype)
-    width = padded(head_dim)
-    _chunk_kernel[(_n_programs(q.device),)](
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _chunk_kernel[(n_programs(q.device),)](
         out,
         plan.partial,
         plan.log_mass,
@@ -581,35 +706,56 @@ def _triton(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: SplitPlan, scale:
         plan.n_chunks,
         scale * math.log2(math.e),
         *q.stride()[:2],
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=page_size,
-        ROWS=padded(heads // kv_heads),
-        WIDTH=width,
-        TILE=tile,
+        **chunk_constants(q, k_pages, v_pages),
         num_warps=4,
-        num_stages=stages,
+        num_stages=tile_of(q.shape[2], q.dtype)[1],
     )
-    if len(plan.work) > n:
-        _merge_kernel[(n, heads)](
-            out,
-            plan.partial,
-            plan.log_mass,
-            plan.work_start,
-            plan.n_chunks,
-            HEAD_DIM=head_dim,
-            WIDTH=width,
-            BLOCK=_MERGED,
-        )
+    if len(plan.work) > len(q):
+        merge_chunks(plan, out)
     return out
 
 
-def _n_programs(device: torch.device) -> int:
+def chunk_constants(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
+    """What `attend_chunk` must know at compile time.
+
+    Raises:
+        ValueError: a head's part of a page has gaps, or keys and values do not lie alike.
+    """
+    _, heads, head_dim = q.shape
+    _, kv_heads, page_size, _ = k_pages.shape
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": page_size,
+        **strides_of(k_pages, v_pages),
+        "ROWS": padded(heads // kv_heads),
+        "WIDTH": padded(head_dim),
+        "TILE": tile_of(head_dim, q.dtype)[0],
+    }
+
+
+def merge_chunks(plan: SplitPlan, out: Tensor) -> None:
+    """Finish the sequences of several chunks; `out` [sequences, heads, head_dim] (written)."""
+    n, heads, head_dim = out.shape
+    _merge_kernel[(n, heads)](
+        out,
+        plan.partial,
+        plan.log_mass,
+        plan.work_start,
+        plan.n_chunks,
+        HEAD_DIM=head_dim,
+        WIDTH=padded(head_dim),
+        BLOCK=_MERGED,
+    )
+
+
+def n_programs(device: torch.device, per_multiprocessor: int = _PROGRAMS_PER_MULTIPROCESSOR) -> int:
+    """Programs that share a step's chunks; the same for every step, as captured ones want it."""
     # Off a GPU only tests get here, and one "multiprocessor" is all there is.
     is_cuda = device.type == "cuda"
     n = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 1
-    return n * _PROGRAMS_PER_MULTIPROCESSOR
+    return n * per_multiprocessor
 
 
 def decode_attention(
@@ -629,8 +775,8 @@ def decode_attention(
 
     Args:
         q: [sequences, heads, head_dim] float – rotated queries (read); heads may lie apart.
-        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – keys (read).
-        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – values (read).
+        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – keys (read).
+        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – values (read).
         plan: from `plan_decode` or `plan_split`, for the same sequences.
         scale: factor of the scores, positive, usually 1 / sqrt(head_dim).
 
@@ -643,7 +789,7 @@ def decode_attention(
     if isinstance(plan, SplitPlan):
         n, (_, heads, head_dim) = len(plan.n_chunks), plan.partial.shape
         check(q, "q", shape=(n, heads, head_dim), device=plan.work.device, dense=1)
-        check_pools(q, k_pages, v_pages, None, dense=4)
+        check_pools(q, k_pages, v_pages, None)
         return _triton(q, k_pages, v_pages, plan, scale)
     sums, _ = sum_pages(q, k_pages, v_pages, plan, scale)
     return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)

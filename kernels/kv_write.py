@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import check, jit, tl, triton, use_triton
+from .paged import strides_of
 from .rope import RotaryTable, check_rotary, rotate
 
 # Heads of one program at most; with 128 channels each, four warps hold 16 bytes per thread.
@@ -64,6 +65,8 @@ def _kernel(
     N_HEADS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -91,8 +94,8 @@ def _kernel(
         slot = tl.load(write_at_ptr + token).to(tl.int64)
         head = (block - Q_BLOCKS) % KV_BLOCKS * H + lane
         is_in = (head < N_KV_HEADS) & (column < HEAD_DIM)
-        row = (slot // PAGE_SIZE * N_KV_HEADS + head) * PAGE_SIZE + slot % PAGE_SIZE
-        to = row * HEAD_DIM + column
+        to = slot // PAGE_SIZE * PAGE_STRIDE + head * HEAD_STRIDE
+        to += slot % PAGE_SIZE * HEAD_DIM + column
         if block < Q_BLOCKS + KV_BLOCKS:
             head_ptr = k_ptr + token * k_token + head * k_head
             x = _turned(head_ptr, column, is_in, cos_ptr, sin_ptr, ROTARY, PAIRS)
@@ -117,8 +120,6 @@ def _triton(
     check(k, "k", dense=1)
     check(v, "v", dense=1)
     check(positions, "positions", dense=1)
-    check(out_k_pages, "out_k_pages", dense=4)
-    check(out_v_pages, "out_v_pages", dense=4)
     check(write_at, "write_at", dense=1)
     if table is not None:
         check(table.cos, "table.cos", device=q.device, dense=2)
@@ -145,6 +146,7 @@ def _triton(
             N_HEADS=heads,
             N_KV_HEADS=kv_heads,
             PAGE_SIZE=out_k_pages.shape[2],
+            **strides_of(out_k_pages, out_v_pages),
             HEAD_DIM=head_dim,
             ROTARY=0 if table is None else table.width,
             PAIRS=table is not None and table.interleaved,

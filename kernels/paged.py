@@ -1,6 +1,7 @@
 """What attention over paged keys and values shares: checks, addresses, softmax tile by tile.
 
-Pools are [pages, kv_heads, page_size, head_dim], so that one head's part of a page lies together.
+Pools are [pages, kv_heads, page_size, head_dim]. One head's part of a page lies together; pages
+and heads may lie apart, keys and values alike.
 """
 
 import torch
@@ -11,7 +12,7 @@ from .dispatch import check, jit, tl
 # Per bytes of a key, padded to a power of two: keys of a tile, and stages of the loop over tiles,
 # all but one of which hold a tile in shared memory. Two tiles of 16 KiB of keys and as much of
 # values in each of two programs are more than the 26 KB that an H200's multiprocessor must await to
-# keep its memory busy, and fit an A100, too. More than 64 keys would span pages.
+# keep its memory busy, and fit an A100, too.
 _TILES = {128: (64, 4), 256: (64, 3), 512: (32, 3), 1024: (16, 3)}
 # A CDNA 3 unit has 64 KiB of shared memory; its compiler keeps the second stage in registers.
 _STAGES_HIP = 2
@@ -35,25 +36,37 @@ def padded(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def check_pools(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_size: int | None, *, dense: int = 0
-) -> None:
+def check_pools(q: Tensor, k_pages: Tensor, v_pages: Tensor, page_size: int | None) -> None:
     """Compare [n, heads, head_dim] queries and the pools with each other.
 
     Args:
         q, k_pages, v_pages: arguments of an attention kernel.
         page_size: of the plan, if it has one.
-        dense: how many of the pools' last dimensions must lie in memory without gaps.
 
     Raises:
         ValueError: an argument's shape, dtype, layout or device does not fit the others.
     """
     wanted = (None, None, page_size, q.shape[2])
-    check(k_pages, "k_pages", shape=wanted, dtype=q.dtype, device=q.device, dense=dense)
+    check(k_pages, "k_pages", shape=wanted, dtype=q.dtype, device=q.device)
     same = tuple(k_pages.shape)
-    check(v_pages, "v_pages", shape=same, dtype=q.dtype, device=q.device, dense=dense)
+    check(v_pages, "v_pages", shape=same, dtype=q.dtype, device=q.device)
     if q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads, wanted a multiple of {k_pages.shape[1]}")
+
+
+def strides_of(k_pages: Tensor, v_pages: Tensor) -> dict[str, int]:
+    """Constants of a kernel on the pools: elements from page to page, and from head to head.
+
+    Raises:
+        ValueError: a head's part of a page has gaps, or keys and values do not lie alike.
+    """
+    check(k_pages, "k_pages", dense=2)
+    if v_pages.stride() != k_pages.stride():
+        raise ValueError(
+            f"v_pages has strides {list(v_pages.stride())},"
+            f" wanted those of k_pages, {list(k_pages.stride())}"
+        )
+    return {"PAGE_STRIDE": k_pages.stride(0), "HEAD_STRIDE": k_pages.stride(1)}
 
 
 def gather_tokens(pool: Tensor, pages: Tensor, tokens: range) -> Tensor:
@@ -76,7 +89,7 @@ def pages_of(table_ptr, start, end, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr)
     """int64, [] or [TILE] – page or pages of the keys start, start + 1, … < end of a tile.
 
     Load them one tile ahead: Triton has half as many tiles in flight where an address is loaded in
-    the same turn of the loop. Limits: start is a multiple of TILE; both sizes are powers of two.
+    the same turn of the loop. Limits: start is a multiple of TILE, a power of two.
     """
     if PAGE_SIZE % TILE == 0:  # noqa: SIM108 - the branches differ in shape
         key = start
@@ -86,16 +99,15 @@ def pages_of(table_ptr, start, end, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr)
 
 
 @jit
-def rows_of(
+def tokens_at(
     page,
-    start,
-    kv_head,
-    KV_HEADS: tl.constexpr,
+    key,
+    PAGE_STRIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
-    """[TILE] int64 – where the keys of a tile are in the pools, in rows of head_dim elements."""
-    return (page * KV_HEADS + kv_head) * PAGE_SIZE + (start + tl.arange(0, TILE)) % PAGE_SIZE
+    """[TILE] int64 – where in a head's part of the pool the tokens `key` [TILE] begin."""
+    return page * PAGE_STRIDE + (key % PAGE_SIZE).to(tl.int64) * HEAD_DIM
 
 
 @jit

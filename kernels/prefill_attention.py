@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from .dispatch import check, jit, tl
-from .paged import check_pools, gather_tokens, padded, pages_of, rows_of, tile_of, weigh
+from .paged import (
+    check_pools,
+    gather_tokens,
+    padded,
+    pages_of,
+    strides_of,
+    tile_of,
+    tokens_at,
+    weigh,
+)
 
 # Keys that the torch path gathers at a time: large enough for the products, small enough for the L2
 # cache.
@@ -244,11 +253,10 @@ def _attend_keys(
     page_table_ptr,
     begin,
     end,
-    kv_head,
     scale,
-    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -261,12 +269,11 @@ def _attend_keys(
     column = tl.arange(0, WIDTH)[None, :]
     page = pages_of(page_table_ptr, begin, end, PAGE_SIZE, TILE)
     for start in range(begin, end, TILE):
-        rows = rows_of(page, start, kv_head, KV_HEADS, PAGE_SIZE, TILE)
-        page = pages_of(page_table_ptr, start + TILE, end, PAGE_SIZE, TILE)
         key = start + tl.arange(0, TILE)
+        at = tokens_at(page, key, PAGE_STRIDE, PAGE_SIZE, HEAD_DIM)[:, None] + column
+        page = pages_of(page_table_ptr, start + TILE, end, PAGE_SIZE, TILE)
         # Keys behind the end may be NaN, which a weight of zero does not silence.
         is_in = (key < end)[:, None] & (column < HEAD_DIM)
-        at = rows[:, None] * HEAD_DIM + column
         k = tl.load(k_ptr + at, is_in, other=0.0)
         v = tl.load(v_ptr + at, is_in, other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -297,6 +304,8 @@ def _kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -310,6 +319,8 @@ def _kernel(
     kv_head = program % KV_HEADS
     tile = tiles_ptr + program // KV_HEADS * 4
     page_table = page_table_ptr + tl.load(tile)
+    k_ptr += kv_head * HEAD_STRIDE
+    v_ptr += kv_head * HEAD_STRIDE
     token = tl.load(tile + 1).to(tl.int64)
     n_queries, first = tl.load(tile + 2), tl.load(tile + 3)
     row = tl.arange(0, ROWS)
@@ -333,19 +344,19 @@ def _kernel(
         clear -= clear % TILE
         peak, mass, result = _attend_keys(
             peak, mass, result, q, position, k_ptr, v_ptr, page_table,
-            oldest - oldest % TILE, tl.minimum(clear, end), kv_head, scale,
-            KV_HEADS, HEAD_DIM, PAGE_SIZE, WIDTH, TILE, WINDOW, True,
+            oldest - oldest % TILE, tl.minimum(clear, end), scale,
+            HEAD_DIM, PAGE_SIZE, PAGE_STRIDE, WIDTH, TILE, WINDOW, True,
         )  # fmt: skip
     edge = tl.maximum(first + 1 - (first + 1) % TILE, clear)
     peak, mass, result = _attend_keys(
         peak, mass, result, q, position, k_ptr, v_ptr, page_table,
-        clear, edge, kv_head, scale,
-        KV_HEADS, HEAD_DIM, PAGE_SIZE, WIDTH, TILE, WINDOW, False,
+        clear, edge, scale,
+        HEAD_DIM, PAGE_SIZE, PAGE_STRIDE, WIDTH, TILE, WINDOW, False,
     )  # fmt: skip
     peak, mass, result = _attend_keys(
         peak, mass, result, q, position, k_ptr, v_ptr, page_table,
-        edge, end, kv_head, scale,
-        KV_HEADS, HEAD_DIM, PAGE_SIZE, WIDTH, TILE, WINDOW, True,
+        edge, end, scale,
+        HEAD_DIM, PAGE_SIZE, PAGE_STRIDE, WIDTH, TILE, WINDOW, True,
     )  # fmt: skip
     result /= mass[:, None]
     at = (at * (KV_HEADS * GROUP) + head) * HEAD_DIM + column
@@ -377,6 +388,7 @@ def _triton(
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
+        **strides_of(k_pages, v_pages),
         ROWS=plan.rows,
         WIDTH=padded(head_dim),
         TILE=tile,
@@ -408,8 +420,8 @@ def prefill_attention(
 
     Args:
         q: [tokens, heads, head_dim] float – rotated queries (read); heads may lie apart.
-        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – keys (read).
-        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype, contiguous – values (read).
+        k_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – keys (read).
+        v_pages: [pages, kv_heads, page_size, head_dim] of q's dtype – values (read).
         plan: from `plan_prefill` or `plan_tiles`, for these tokens.
         scale: factor of the scores, positive, usually 1 / sqrt(head_dim).
         window: keys a query sees at most, its own included; None for all.
@@ -422,7 +434,7 @@ def prefill_attention(
     """
     if isinstance(plan, TilePlan):
         check(q, "q", shape=(plan.n_tokens, None, None), device=plan.tiles.device, dense=1)
-        check_pools(q, k_pages, v_pages, None, dense=4)
+        check_pools(q, k_pages, v_pages, None)
         return _triton(q, k_pages, v_pages, plan, scale, window)
     check(q, "q", shape=(plan.query_start[-1], None, None))
     check_pools(q, k_pages, v_pages, None)

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ..cache.base import CacheSpec
 from .family import Family, Windows
 from .fields import Fields, unsupported
 from .registry import FAMILIES, family
@@ -175,6 +178,35 @@ class ModelConfig:
         )
         fields.finish(_INERT, kind.neutral)
         return config
+
+    def cache_spec(
+        self,
+        identity: str,
+        page_size: int,
+        max_len: int,
+        max_sequences: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> CacheSpec:
+        """What a cache backend must know of the model with that fingerprint.
+
+        It may hold `max_sequences` of up to `max_len` tokens.
+        """
+        return CacheSpec(
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            scale=self.head_dim**-0.5,
+            # A window that no sequence outgrows is full attention, which backends do faster.
+            windows=tuple(w if w is not None and w < max_len else None for w in self.windows),
+            max_len=max_len,
+            max_sequences=max_sequences,
+            page_size=page_size,
+            dtype=dtype,
+            device=device,
+            identity=identity,
+        )
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """From a name to a decoder: find the checkpoint, prove it complete, stream it into fused layers."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -76,6 +77,15 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in checkpoint.shards(path))
 
 
+def held_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights as `dtype`, by its headers. Raises `Refused` as `load` does.
+
+    A CPU holds a little more: packed copies are padded, and one of a tied head is its own.
+    """
+    _, wanted = _listing(path, read_config(path))
+    return sum(math.prod(shape) for shape in wanted.values()) * dtype.itemsize
+
+
 def load(
     path: Path,
     dtype: torch.dtype,
@@ -91,12 +101,7 @@ def load(
     """
     config = read_config(path)
     kind = family(config.architecture)
-    tensors = checkpoint.listing(path)
-    wanted = _shapes(config, kind)
-    ignored = {name for name in tensors if name.endswith(_IGNORED_SUFFIX)}
-    if config.ties_embeddings:
-        ignored.add(_HEAD)
-    checkpoint.match(tensors, wanted, ignored)
+    tensors, wanted = _listing(path, config)
     rotary = build_rotary(config.rope, max_len, device)
     n_bytes = sum(tensors[name].nbytes for name in wanted)
 
@@ -125,6 +130,19 @@ def load(
         if progress is not None:
             progress(n_bytes, n_bytes)
     return decoder
+
+
+def _listing(
+    path: Path, config: ModelConfig
+) -> tuple[dict[str, Stored], dict[str, tuple[int, ...]]]:
+    """What a checkpoint stores, and the shapes that its config implies: proved to be the same."""
+    tensors = checkpoint.listing(path)
+    wanted = _shapes(config, family(config.architecture))
+    ignored = {name for name in tensors if name.endswith(_IGNORED_SUFFIX)}
+    if config.ties_embeddings:
+        ignored.add(_HEAD)
+    checkpoint.match(tensors, wanted, ignored)
+    return tensors, wanted
 
 
 def _layer(layer: int) -> str:

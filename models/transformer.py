@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..cache.base import AttentionWeights, CacheSpec, KVCache
+from ..cache.base import AttentionWeights, KVCache
 from ..core.batch import Batch
 from ..kernels.activation import silu_mul
 from ..kernels.norm import add_rms_norm, rms_norm
@@ -184,26 +184,6 @@ class Decoder:
         own_head = None if self._head.is_backed_by(self._embedding) else self._head
         plain = (self._embedding, self._first_norm, self.rotary.cos, self.rotary.sin)
         return _nbytes(own_head, *plain) + sum(block.nbytes for block in self._blocks)
-
-    def cache_spec(
-        self, page_size: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> CacheSpec:
-        """What a cache backend must know of this model, for sequences of up to `max_len` tokens."""
-        config = self.config
-        return CacheSpec(
-            n_layers=config.n_layers,
-            n_heads=config.n_heads,
-            n_kv_heads=config.n_kv_heads,
-            head_dim=config.head_dim,
-            scale=config.head_dim**-0.5,
-            # A window that no sequence outgrows is full attention, which backends do faster.
-            windows=tuple(w if w is not None and w < max_len else None for w in config.windows),
-            max_len=max_len,
-            page_size=page_size,
-            dtype=dtype,
-            device=device,
-            identity=self.identity,
-        )
 
     def bind(self, cache: KVCache) -> None:
         """Let the cache derive its matrices from each layer's projections, read once more."""

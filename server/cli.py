@@ -8,7 +8,8 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +40,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry."""
-    app(fold_dotted(sys.argv[1:]), prog_name="kvfold")
+    app(spread_tokens(fold_dotted(sys.argv[1:])), prog_name="kvfold")
 
 
 def fold_dotted(arguments: list[str]) -> list[str]:
@@ -66,6 +67,17 @@ def fold_dotted(arguments: list[str]) -> list[str]:
             # Not an object: the option itself refuses it.
             rest += [whole, value]
     return [*rest, whole, json.dumps(folded)] if folded else rest
+
+
+def spread_tokens(arguments: list[str]) -> list[str]:
+    """`--tokens 1k 8k` as `--tokens 1k --tokens 8k`: an option takes one value at a time."""
+    spread: list[str] = []
+    for argument in arguments:
+        # A number that follows a value of the option; a MODEL is none.
+        if spread[-2:-1] == ["--tokens"] and argument[:1].isdigit():
+            spread.append("--tokens")
+        spread.append(argument)
+    return spread
 
 
 def count(text: str) -> int:
@@ -98,6 +110,28 @@ def flag(setting: str, *spellings: str, **more: Any) -> Any:
     )
 
 
+# What `serve` and `plan` both take.
+ModelPath = Annotated[
+    str | None,
+    typer.Argument(metavar="[MODEL]", help="Directory or hub id; default is the demo model."),
+]
+Revision = Annotated[str | None, flag("model.revision", "--revision")]
+Dtype = Annotated[str | None, flag("model.dtype", "--dtype")]
+Device = Annotated[str | None, flag("model.device", "--device")]
+MaxLen = Annotated[int | None, flag("model.max_len", "--max-model-len", parser=count)]
+CacheKind = Annotated[str | None, flag("cache.kind", "--kv-cache")]
+CacheOptions = Annotated[str | None, flag("cache.options", "--kv-cache-config", metavar="JSON")]
+CacheDtype = Annotated[str | None, flag("cache.dtype", "--kv-cache-dtype")]
+PageSize = Annotated[int | None, flag("cache.page_size", "--block-size", parser=count)]
+MemoryBytes = Annotated[
+    int | None, flag("cache.memory_bytes", "--kv-cache-memory-bytes", parser=count)
+]
+MemoryShare = Annotated[float | None, flag("cache.memory_share", "--gpu-memory-utilization")]
+MaxSequences = Annotated[
+    int | None, flag("scheduler.max_sequences", "--max-num-seqs", parser=count)
+]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -112,48 +146,34 @@ def root(
 def serve(
     ctx: typer.Context,
     # The setting a parameter stands for is its name with the first underscore as a dot.
-    model_path: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="Directory or hub id; default is the demo model."),
-    ] = None,
+    model_path: ModelPath = None,
     model_served_names: Annotated[
         list[str] | None, flag("model.served_names", "--served-model-name")
     ] = None,
-    model_revision: Annotated[str | None, flag("model.revision", "--revision")] = None,
+    model_revision: Revision = None,
     model_tokenizer: Annotated[str | None, flag("model.tokenizer", "--tokenizer")] = None,
     model_chat_template: Annotated[
         str | None, flag("model.chat_template", "--chat-template")
     ] = None,
-    model_dtype: Annotated[str | None, flag("model.dtype", "--dtype")] = None,
-    model_device: Annotated[str | None, flag("model.device", "--device")] = None,
-    model_max_len: Annotated[
-        int | None, flag("model.max_len", "--max-model-len", parser=count)
-    ] = None,
+    model_dtype: Dtype = None,
+    model_device: Device = None,
+    model_max_len: MaxLen = None,
     model_eager: Annotated[
         bool | None, flag("model.eager", "--enforce-eager/--no-enforce-eager")
     ] = None,
     model_seed: Annotated[int | None, flag("model.seed", "--seed")] = None,
-    cache_kind: Annotated[str | None, flag("cache.kind", "--kv-cache")] = None,
-    cache_options: Annotated[
-        str | None, flag("cache.options", "--kv-cache-config", metavar="JSON")
-    ] = None,
-    cache_dtype: Annotated[str | None, flag("cache.dtype", "--kv-cache-dtype")] = None,
-    cache_page_size: Annotated[
-        int | None, flag("cache.page_size", "--block-size", parser=count)
-    ] = None,
-    cache_memory_bytes: Annotated[
-        int | None, flag("cache.memory_bytes", "--kv-cache-memory-bytes", parser=count)
-    ] = None,
-    cache_memory_share: Annotated[
-        float | None, flag("cache.memory_share", "--gpu-memory-utilization")
-    ] = None,
+    cache_kind: CacheKind = None,
+    cache_options: CacheOptions = None,
+    cache_dtype: CacheDtype = None,
+    cache_page_size: PageSize = None,
+    cache_memory_bytes: MemoryBytes = None,
+    cache_memory_share: MemoryShare = None,
     cache_prefix: Annotated[
         bool | None,
         flag("cache.prefix", "--enable-prefix-caching/--no-enable-prefix-caching"),
     ] = None,
-    scheduler_max_sequences: Annotated[
-        int | None, flag("scheduler.max_sequences", "--max-num-seqs", parser=count)
-    ] = None,
+    cache_probe: Annotated[float | None, flag("cache.probe", "--kv-probe")] = None,
+    scheduler_max_sequences: MaxSequences = None,
     scheduler_max_tokens: Annotated[
         int | None, flag("scheduler.max_tokens", "--max-num-batched-tokens", parser=count)
     ] = None,
@@ -198,7 +218,7 @@ def serve(
     ] = False,
 ) -> None:
     """Serve MODEL, or without one the embedded demo model, over an OpenAI-compatible API."""
-    try:
+    with _refusals():
         if trust_remote_code:
             raise Refused(
                 "--trust-remote-code is refused: kvfold has its own model implementations and "
@@ -215,6 +235,42 @@ def serve(
         from .launch import launch
 
         raise typer.Exit(launch(settings))
+
+
+@app.command()
+def plan(
+    ctx: typer.Context,
+    model_path: ModelPath = None,
+    model_revision: Revision = None,
+    model_dtype: Dtype = None,
+    model_device: Device = None,
+    model_max_len: MaxLen = None,
+    cache_kind: CacheKind = None,
+    cache_options: CacheOptions = None,
+    cache_dtype: CacheDtype = None,
+    cache_page_size: PageSize = None,
+    cache_memory_bytes: MemoryBytes = None,
+    cache_memory_share: MemoryShare = None,
+    scheduler_max_sequences: MaxSequences = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(parser=count, metavar="N...", help="Lengths of requests to fit."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what MODEL takes and how many requests fit, without loading it."""
+    with _refusals():
+        from .planning import plan as show
+
+        given, _ = _given(ctx)
+        show(Config.from_dict(_sections(given)), tokens or (), as_json=as_json)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """End the command with one line and an exit code for what is refused."""
+    try:
+        yield
     except (Refused, NotFound, typer.BadParameter) as error:
         typer.echo(f"kvfold: {error.message}", err=True)
         raise typer.Exit(2) from None
@@ -297,9 +353,8 @@ def resolve(settings: Mapping[str, Any]) -> Config:
     """The config that the stated settings make. Raises `Refused` on a wrong name, type or value."""
     from pydantic import TypeAdapter, ValidationError
 
-    sections: dict[str, dict[str, Any]] = {}
+    typed = {}
     for setting, value in settings.items():
-        section, _, name = setting.partition(".")
         if (hint := _SETTINGS.get(setting)) is not None:
             if hint == tuple[str, ...] and not isinstance(value, list | tuple):
                 value = (value,)
@@ -312,8 +367,16 @@ def resolve(settings: Mapping[str, Any]) -> Config:
             except ValidationError as invalid:
                 shown = "wrong" if setting == _HIDDEN else repr(value)
                 raise Refused(f"{setting} is {shown}: {invalid.errors()[0]['msg']}") from None
+        typed[setting] = value
+    return Config.from_dict(_sections(typed))
+
+
+def _sections(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    sections: dict[str, dict[str, Any]] = {}
+    for setting, value in settings.items():
+        section, _, name = setting.partition(".")
         sections.setdefault(section, {})[name] = value
-    return Config.from_dict(sections)
+    return sections
 
 
 def _show(config: Config, sources: Mapping[str, str]) -> None:

@@ -6,18 +6,21 @@ so the client library's multi-process mode is never needed. Names and buckets fo
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from ..core.config import CacheSettings
-from ..core.report import EngineInfo, EngineStats
+from ..core.report import KL_BOUNDS, EngineInfo, EngineStats, ProbeStats
 
 _TO_FIRST_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -52,6 +55,7 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_requests_running": ("Sequences that run", lambda s: s.n_running),
     "num_requests_waiting": ("Sequences that wait", lambda s: s.n_waiting),
     "kv_cache_usage_perc": ("Share of the KV pool in use, 0 to 1", lambda s: s.kv_usage),
+    "kv_cache_tokens": ("Tokens that live sequences hold", lambda s: s.kv_tokens),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prefix_cache_queries": ("Prompt tokens looked up", lambda s: s.prefix_queries),
@@ -59,10 +63,19 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_preemptions": ("Sequences that had to give way", lambda s: s.n_preempted),
     "prompt_tokens": ("Prompt tokens computed", lambda s: s.prompt_tokens),
     "generation_tokens": ("Tokens generated", lambda s: s.generated_tokens),
+    "kv_probe_steps": ("Decode steps computed densely as well", lambda s: s.probe.n_steps),
+    "kv_probe_top1_agreement": (
+        "Of those, steps in which both found the same token likeliest",
+        lambda s: s.probe.n_agreed,
+    ),
 }
 _OURS_ALONE = frozenset(
     f"kvfold:{name}"
-    for name in ("kv_cache_bytes", "kv_cache_tokens", "engine_restarts", "requests_rejected")
+    for name in (
+        *("kv_cache_bytes", "kv_cache_tokens", "kv_cache_compression_ratio"),
+        *("kv_cache_kept_channels", "kv_probe_steps", "kv_probe_top1_agreement", "kv_probe_kl"),
+        *("engine_restarts", "requests_rejected"),
+    )
 )
 
 
@@ -204,11 +217,24 @@ class Metrics(Collector):
         for pool in () if info is None else info.kv_pools:
             held.add_metric([*values, pool], stats.kv_bytes.get(pool, 0))
         yield held
-        tokens = GaugeMetricFamily(
-            "kvfold:kv_cache_tokens", "Tokens that live sequences hold", labels=names
+        ratio = GaugeMetricFamily(
+            "kvfold:kv_cache_compression_ratio",
+            "Bytes of the keys and values of these tokens as the model makes them, over "
+            "kv_cache_bytes; no sample while there are none",
+            labels=names,
         )
-        tokens.add_metric(values, stats.kv_tokens)
-        yield tokens
+        if n_bytes := sum(stats.kv_bytes.values()):
+            ratio.add_metric(values, stats.kv_full_bytes / n_bytes)
+        yield ratio
+        kept = GaugeMetricFamily(
+            "kvfold:kv_cache_kept_channels",
+            "Share of the channels of keys and of values that sealed tokens keep, 0 to 1",
+            labels=[*names, "part"],
+        )
+        for part, share in stats.kv_kept.items():
+            kept.add_metric([*values, part], share)
+        yield kept
+        yield self._divergence(stats.probe)
         restarts = CounterMetricFamily(
             "kvfold:engine_restarts", "Times that the engine was replaced", labels=names
         )
@@ -220,6 +246,17 @@ class Metrics(Collector):
             yield from histogram.collect()
         for family in (self._success, self._rejected, self._gone):
             yield from family.collect()
+
+    def _divergence(self, probe: ProbeStats) -> Metric:
+        family = HistogramMetricFamily(
+            "kvfold:kv_probe_kl",
+            "KL divergence of a probed step from the same step computed densely, in nats",
+            labels=list(self._labels),
+        )
+        bounds = [*map(floatToGoString, KL_BOUNDS), "+Inf"]
+        counts = zip(bounds, accumulate(probe.kl_counts), strict=True)
+        family.add_metric(list(self._labels.values()), list(counts), probe.kl_sum)
+        return family
 
     def _cache_config(self, info: EngineInfo) -> Metric:
         family = GaugeMetricFamily(

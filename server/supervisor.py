@@ -30,6 +30,7 @@ _COUNTERS = (
     "prefix_hits",
     "prompt_tokens",
     "generated_tokens",
+    "probe",
 )
 
 

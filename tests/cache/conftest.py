@@ -23,6 +23,7 @@ SPEC = CacheSpec(
     scale=32**-0.5,
     windows=(None, None),
     max_len=512,
+    max_sequences=16,
     page_size=16,
     dtype=torch.float32,
     device=torch.device("cpu"),

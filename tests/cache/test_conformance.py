@@ -35,9 +35,11 @@ CASES = supported()
 # Largest relative error of attention on structured keys, measured and rounded up.
 BOUNDS = {
     ("dense", "auto"): 1e-6,
+    ("dense", "fp8"): 0.055,
     ("dense", "int8"): 0.007,
     ("dense", "int4"): 0.09,
     ("think", "auto"): 0.09,
+    ("think", "fp8"): 0.1,
     ("think", "int8"): 0.09,
     ("think", "int4"): 0.13,
 }

@@ -26,6 +26,7 @@ def dense(device: torch.device) -> DenseCache:
         scale=0.25,
         windows=WINDOWS,
         max_len=64,
+        max_sequences=3,
         page_size=16,
         dtype=torch.float32,
         device=device,
@@ -46,6 +47,8 @@ def batch(chunks: tuple[range, ...], device: torch.device, *, with_tables: bool)
         query_start=torch.tensor(start, dtype=torch.int32, device=device),
         context_len=torch.tensor(lengths, dtype=torch.int32, device=device),
         page_table=torch.tensor([(*pages, 0, 0)[:4] for pages in PAGES], device=device).int(),
+        folded_table=torch.zeros(len(PAGES), 16, dtype=torch.int32, device=device),
+        folded_len=torch.zeros(len(PAGES), dtype=torch.int32, device=device),
     )
     return Batch(
         tokens=torch.zeros(start[-1], dtype=torch.int64, device=device),
@@ -55,7 +58,7 @@ def batch(chunks: tuple[range, ...], device: torch.device, *, with_tables: bool)
         query_start=start,
         context_len=lengths,
         page_table=PAGES,
-        rows=(-1,) * len(chunks),
+        rows=torch.zeros(len(chunks), dtype=torch.int64, device=device),
         n_decode=sum(len(chunk) == 1 for chunk in chunks),
         tables=tables if with_tables else None,
     )

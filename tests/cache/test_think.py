@@ -10,6 +10,7 @@ import pytest
 import torch
 from kvfold.cache.think import ThinkCache, ThinkConfig
 from kvfold.core.errors import Refused
+from kvfold.core.sequence import Sequence
 
 N_FOLD = 21
 """Tokens of a folded page at 16 of 32 channels, in the bytes of 16."""
@@ -23,7 +24,7 @@ def text(n: int, seed: int = 0) -> list[int]:
 def zeroed(lab, seq, n_folded: int) -> torch.Tensor:
     """The sequence's keys, without the dropped channels of its first tokens."""
     keys = lab.keys(seq.tokens)
-    kept = lab.cache._channels[seq.row]
+    kept = lab.cache._channels[:, seq.row]
     mask = torch.zeros(keys.shape[0], *keys.shape[2:]).scatter_(2, kept, 1.0)
     keys[:, :n_folded] *= mask.unsqueeze(1)
     return keys
@@ -60,9 +61,10 @@ def test_kept_channels_are_those_of_most_energy(
     queries, keys = one.queries(seq.tokens)[:, -32:], one.keys(seq.tokens)
     for layer in range(2):
         want = oracle.kept_channels(queries[layer], keys[layer], 16)
-        assert one.cache._channels[seq.row, layer].tolist() == want
+        assert one.cache._channels[layer, seq.row].tolist() == want
     assert (
-        len({tuple(kept) for layer in one.cache._channels[seq.row].tolist() for kept in layer}) > 1
+        len({tuple(kept) for layer in one.cache._channels[:, seq.row].tolist() for kept in layer})
+        > 1
     )
 
 
@@ -74,7 +76,7 @@ def test_a_step_that_is_done_again_counts_once(lab: Callable):
         seq = one.add(text(60))
         one.step((seq, 40), n_attempts=n_attempts)
         one.prefill(seq)
-        energies.append(one.cache._energy[seq.row])
+        energies.append(one.cache._energy[:, seq.row])
     assert torch.equal(*energies)
 
 
@@ -87,7 +89,7 @@ def test_a_short_prompt_is_observed_on_into_its_answer(lab: Callable, oracle: Mo
     queries, keys = one.queries(seq.tokens)[:, :32], one.keys(seq.tokens)[:, : N_FOLD + 32]
     for layer in range(2):
         want = oracle.kept_channels(queries[layer], keys[layer], 16)
-        assert one.cache._channels[seq.row, layer].tolist() == want
+        assert one.cache._channels[layer, seq.row].tolist() == want
 
 
 @pytest.mark.parametrize("recent", [0, 5, 32])
@@ -130,10 +132,10 @@ def test_values_can_lose_channels_too(lab: Callable):
     seq = one.add(text(150))
     one.prefill(seq)
     got = one.decode(seq, [7])
-    n_folded = 32 * len(seq.folded)
+    n_folded = seq.n_folded
     values = one.table.v[seq.tokens].transpose(0, 1).clone()
     energy = values[:, :150].double().square().mean(1)
-    kept = one.cache._value_channels[seq.row]
+    kept = one.cache._value_channels[:, seq.row]
     assert torch.equal(kept, energy.topk(16).indices.sort().values)
     values[:, :n_folded] *= torch.zeros_like(energy).scatter_(2, kept, 1.0).unsqueeze(1)
     want = one.exact(seq.tokens, 1, zeroed(one, seq, n_folded), values)
@@ -168,7 +170,7 @@ def test_recomputation_chooses_the_same_channels(lab: Callable):
     seq = one.add(text(150))
     one.prefill(seq)
     one.decode(seq, text(40, seed=1))
-    before = one.cache._channels[seq.row].clone()
+    before = one.cache._channels[:, seq.row].clone()
     one.cache.release(seq)
     seq.n_computed = 0
     found = one.cache.attach(seq)
@@ -181,38 +183,62 @@ def test_recomputation_chooses_the_same_channels(lab: Callable):
     assert len(seq.folded) == 0
     one.decode(seq, [5])
     assert len(seq.folded) == (190 - 32) // N_FOLD
-    assert torch.equal(one.cache._channels[seq.row], before)
+    assert torch.equal(one.cache._channels[:, seq.row], before)
     one.check()
 
 
-def test_continuations_share_folded_pages_and_go_their_own_ways(lab: Callable):
-    one = lab()
+@pytest.mark.parametrize(
+    ("options", "n_shared", "n_copied"),
+    [({}, 5, 0), ({"value_prune_ratio": 0.5}, 3, 1), ({"dtype": "int4", "recent": 2}, 1, 0)],
+    ids=str,
+)
+def test_continuations_share_folded_pages_and_go_their_own_ways(
+    lab: Callable, options: dict, n_shared: int, n_copied: int
+):
+    """Those that are filled in part are copied, as the last full page is."""
+    one = lab(**options)
     seq = one.add(text(150))
     one.prefill(seq)
     held = one.cache._pool.n_held
-    children = [
-        dataclasses.replace(seq, pages=[], folded=[], row=-1, tokens=seq.tokens[:]) for _ in "ab"
-    ]
+    children = [Sequence(seq.request, tokens=seq.tokens.copy()) for _ in "ab"]
     for child in children:
         one.live.append(child)
         assert one.cache.fork(seq, child)
         one.check()
-        assert child.folded == seq.folded
-    assert one.cache._pool.n_held == held + 2
+        assert child.n_folded == seq.n_folded
+        assert child.folded[:n_shared] == seq.folded[:n_shared]
+        assert not set(child.folded[n_shared:]) & set(seq.folded)
+        assert len(child.folded) == n_shared + n_copied
+    assert one.cache._pool.n_held == held + 2 * (1 + n_copied)
     family = [seq, *children]
-    answers = [text(60, seed=i) for i in range(3)]
+    answers = [text(90, seed=i) for i in range(3)]
     got = [one.decode(each, answer) for each, answer in zip(family, answers, strict=True)]
-    alone = lab()
+    alone = lab(**options)
     for each, answer, output in zip(family, answers, got, strict=True):
         other = alone.add(text(150))
         alone.prefill(other)
         assert torch.equal(alone.decode(other, answer), output)
-        assert each.folded[:5] == seq.folded[:5]
+        assert each.folded[:n_shared] == seq.folded[:n_shared]
+        alone.drop(other)
     for each in family:
         one.drop(each)
         one.check()
     assert one.cache._pool.n_held == 0
-    assert sorted(one.cache._free_rows) == list(range(8))
+    assert sorted(one.cache._free_rows) == list(range(1, 17))
+
+
+def test_a_fork_without_room_changes_nothing(lab: Callable):
+    """Room for one of the two pages to copy is not enough."""
+    one = lab(value_prune_ratio=0.5, n_pages=20)
+    seq = one.add(text(150))
+    one.prefill(seq)
+    other = one.add([1])
+    assert one.cache.reserve(other, 16 * (one.cache._pool.n_available - 1))
+    child = Sequence(seq.request, tokens=seq.tokens.copy())
+    assert not one.cache.fork(seq, child)
+    one.check()
+    assert (child.pages, child.folded, child.n_folded, child.n_computed) == ([], [], 0, 0)
+    assert child.row < 0
 
 
 def test_prompt_pages_stay_dense_and_can_be_hit_and_evicted(lab: Callable):
@@ -260,8 +286,9 @@ def test_the_footprint_is_what_blocks_take(lab: Callable):
     assert footprint.page_bytes(16) == one.cache._page_bytes
     assert footprint.bytes_per_token == -(-one.cache._page_bytes // N_FOLD)
     one.prefill(one.add(text(3)))
-    rows = (one.cache._energy, one.cache._channels, one.cache._value_channels)
-    state = sum(every[0].nbytes for every in rows)
+    rows = (one.cache._energy, one.cache._queries, one.cache._channels)
+    state = sum(x[:, 0].nbytes for x in rows)
+    assert one.cache._value_channels is None
     assert footprint.bytes_per_sequence == state
 
 
@@ -275,7 +302,7 @@ def test_the_footprint_is_what_blocks_take(lab: Callable):
         ({"prune_ratio": True}, "prune_ratio: True must be float"),
         ({"prune_generated": 1}, "prune_generated: 1 must be bool"),
         ({"recent": -1}, "recent: -1 must be at least 0"),
-        ({"dtype": "int2"}, "dtype: 'int2' must be one of auto, int8, int4"),
+        ({"dtype": "int2"}, "dtype: 'int2' must be one of auto, fp8, int8, int4"),
     ],
 )
 def test_wrong_settings_are_named(options: dict, message: str):

@@ -35,7 +35,7 @@ def test_a_config_crosses_as_json():
         ({"model": {"dtype": "int8"}}, "--dtype is 'int8'; it must be one of auto, float32"),
         ({"model": {"max_len": 0}}, "--max-model-len is 0; it must be at least 1"),
         ({"cache": {"options": {"dtype": "int8"}}}, "config.dtype: .* say --kv-cache-dtype"),
-        ({"cache": {"dtype": "int2"}}, "--kv-cache-dtype is 'int2'; it must be one of auto, int8"),
+        ({"cache": {"dtype": "int2"}}, "--kv-cache-dtype is 'int2'; it must be one of auto, fp8"),
         ({"cache": {"page_size": 12}}, "--block-size is 12; it must be a multiple of 8"),
         ({"cache": {"memory_bytes": -1}}, "--kv-cache-memory-bytes is -1; it must be at least 1"),
         ({"cache": {"memory_share": 1.5}}, r"--gpu-memory-utilization is 1.5; .* \(0, 1\]"),
@@ -83,6 +83,15 @@ def test_auto_disappears(
     resolved = resolve(config, hardware, stored, n_bytes)
     assert (resolved.model.dtype, resolved.model.device) == (dtype, device)
     assert resolve(resolved, hardware, stored, n_bytes) == resolved
+
+
+def test_8_bit_floats_need_hardware():
+    hardware = Hardware(device="cuda", name="A100", free_bytes=0, total_bytes=0, has_bfloat16=True)
+    config = Config(cache=CacheSettings(dtype="fp8"))
+    with pytest.raises(Refused, match=r"fp8: A100 does not.*capability 8\.9"):
+        resolve(config, hardware, "bfloat16", 0)
+    newer = dataclasses.replace(hardware, has_float8=True)
+    assert resolve(config, newer, "bfloat16", 0).cache.dtype == "fp8"
 
 
 @pytest.mark.parametrize(

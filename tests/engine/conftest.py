@@ -68,7 +68,7 @@ def engine_of(checkpoint: Path, wide_checkpoint: Path) -> Make:
 
     def make(
         pages: int = 200,
-        page_size: int = 16,
+        page_size: int | None = 16,
         prefix: bool = True,
         max_len: int = 256,
         kind: str = "dense",
@@ -77,7 +77,7 @@ def engine_of(checkpoint: Path, wide_checkpoint: Path) -> Make:
         **settings: Any,
     ) -> Driver:
         head_dim, path = (16, checkpoint) if cache is None else (32, wide_checkpoint)
-        bytes_per_page = 2 * 2 * 2 * head_dim * 4 * page_size
+        bytes_per_page = 2 * 2 * 2 * head_dim * 4 * (page_size or 64)
         config = Config(
             model=ModelSettings(
                 path=str(path),

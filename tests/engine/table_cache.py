@@ -1,14 +1,17 @@
-"""A dense cache that believes the tables of a batch, as kernels on a device do."""
+"""Caches that believe the tables of a batch, as kernels on a device do."""
 
 from dataclasses import replace
 
 import torch
+from kvfold.cache.base import KVCache
 from kvfold.cache.dense import DenseCache
+from kvfold.cache.folded import FoldedCache
+from kvfold.cache.think import ThinkCache
 from kvfold.core.batch import Batch
 from kvfold.engine.device import Device
 
 
-class TableCache(DenseCache):
+class Believing(KVCache):
     """Takes contexts and pages from `Batch.tables` where there are any, never from the host."""
 
     def plan(self, batch: Batch) -> object:
@@ -26,15 +29,30 @@ class TableCache(DenseCache):
         return super().attend(layer, q, k, v, x, _from_tables(batch))
 
 
+class TableCache(Believing, DenseCache):
+    """Dense."""
+
+
+class TableFolded(Believing, FoldedCache):
+    """Codes."""
+
+
+class TableThink(Believing, ThinkCache):
+    """Fewer channels."""
+
+
 def _from_tables(batch: Batch) -> Batch:
-    if batch.tables is None:
+    tables = batch.tables
+    if tables is None:
         return batch
     return replace(
         batch,
         tables=None,
-        query_start=tuple(batch.tables.query_start.tolist()),
-        context_len=tuple(batch.tables.context_len.tolist()),
-        page_table=tuple(map(tuple, batch.tables.page_table.tolist())),
+        query_start=tuple(tables.query_start.tolist()),
+        context_len=tuple(tables.context_len.tolist()),
+        page_table=tuple(map(tuple, tables.page_table.tolist())),
+        folded_table=tuple(map(tuple, tables.folded_table.tolist())),
+        folded_len=tuple(tables.folded_len.tolist()),
     )
 
 

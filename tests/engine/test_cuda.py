@@ -42,7 +42,7 @@ def generate(engine: Engine) -> Texts:
         for output in engine.step():
             outputs[output.id].append(output)
     engine.check()
-    assert engine.stats().kv_bytes == {"dense": 0}
+    assert not any(engine.stats().kv_bytes.values())
     return list(outputs.values())
 
 
@@ -90,6 +90,31 @@ def test_a_device_says_what_a_cpu_says(reference: Texts, dtype: str, eager: bool
     engine = make("cuda", dtype, eager=eager, overlaps=overlaps)
     assert (engine.info.n_graphs == 0) == eager
     check_alike(generate(engine), reference, TIE[dtype])
+
+
+FOLDING = [
+    {"kind": "think", "options": {"recent": 0}},
+    {"kind": "think", "dtype": "int4"},
+    {"kind": "dense", "dtype": "int8"},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", FOLDING, ids=str)
+@pytest.mark.parametrize("eager", [False, True], ids=["replayed", "launched"])
+def test_a_device_folds_as_a_cpu_does(cache: dict[str, Any], eager: bool):
+    cache = {**cache, "memory_bytes": 64 * 2**20}
+    expected = generate(make("cpu", "float32", memory=cache))
+    check_alike(generate(make("cuda", "float32", memory=cache, eager=eager)), expected, 0.1)
+
+
+@pytest.mark.gpu
+def test_8_bit_floats_are_stored_where_there_are_any():
+    cache = {"kind": "think", "dtype": "fp8", "memory_bytes": 64 * 2**20}
+    engine = make("cuda", "bfloat16", memory=cache)
+    folds = make("cuda", "bfloat16", memory={**cache, "dtype": "auto"})
+    assert engine.info.bytes_per_token < 0.6 * folds.info.bytes_per_token
+    check_alike(generate(engine), generate(folds), 1.0)
 
 
 @pytest.mark.gpu

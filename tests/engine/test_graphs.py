@@ -39,19 +39,31 @@ def test_recorded_sizes(max_sequences: int, sizes: list[int]):
     assert recorded_sizes(max_sequences) == sizes
 
 
+FOLDING = [
+    {"kind": "think", "options": {"recent": 0}},
+    {"kind": "think", "dtype": "int8", "options": {"recent": 8, "value_prune_ratio": 0.5}},
+    {"kind": "dense", "dtype": "int4", "options": {"recent": 0}},
+]
+
+
 @pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("cache", [None, *FOLDING], ids=str)
 def test_a_replayed_step_says_what_a_launched_one_says(
-    far_engine_of: Callable, replayed: list[int], overlaps: bool
+    far_engine_of: Callable, replayed: list[int], cache: dict[str, Any] | None, overlaps: bool
 ):
+    if cache is not None:
+        kind = {"think": "TableThink", "dense": "TableFolded"}[cache["kind"]]
+        cache = {**cache, "kind": f"table_cache:{kind}"}
+
     def texts(eager: bool) -> list[list]:
         one = far_engine_of(
-            overlaps=overlaps, eager=eager, pages=40, max_sequences=11, max_tokens=64
+            overlaps=overlaps, eager=eager, pages=40, max_sequences=11, max_tokens=64, cache=cache
         )
         for i in range(14):
             prompt = [3 + (i * j) % 90 for j in range(1, 1 + 7 * i % 50)] or [5]
             one.add(f"r{i}", prompt, n=1 + 2 * (i == 4), seed=i, max_tokens=4 + i, logprobs=0)
         one.run()
-        assert one.engine.stats().kv_bytes == {"dense": 0}
+        assert not any(one.engine.stats().kv_bytes.values())
         return [one.outputs[f"r{i}", 0] for i in range(14)]
 
     launched = texts(eager=True)
@@ -97,16 +109,21 @@ def test_what_recording_cost_is_reported(far_engine_of: Callable):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+@pytest.mark.parametrize("cache", [None, *FOLDING], ids=str)
 def test_the_kernels_of_a_device_say_the_same_in_filled_and_overlapping_steps(
-    engine_of: Callable, far_engine_of: Callable, replayed: list[int]
+    engine_of: Callable,
+    far_engine_of: Callable,
+    replayed: list[int],
+    cache: dict[str, Any] | None,
 ):
     pytest.importorskip("triton")
 
     def texts(make: Callable, **settings: Any) -> list[list[Output]]:
-        one = make(max_sequences=4, max_tokens=16, **settings)
+        one = make(max_sequences=4, max_tokens=32, cache=cache, **settings)
         for i in range(3):
-            prompt = [3 + (i * j) % 90 for j in range(1, 4 + 11 * i)]
-            one.add(f"r{i}", prompt, max_tokens=6 - i, logprobs=0)
+            # The longest folds at once, another while it is answered.
+            prompt = [3 + (i * j) % 90 for j in range(1, 4 + 23 * i)]
+            one.add(f"r{i}", prompt, max_tokens=7 - i, logprobs=0)
         one.run()
         return [one.outputs[f"r{i}", 0] for i in range(3)]
 

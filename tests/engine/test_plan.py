@@ -28,6 +28,7 @@ SPEC = CacheSpec(
     scale=0.25,
     windows=(None,) * 3,
     max_len=100,
+    max_sequences=4,
     page_size=16,
     dtype=torch.float16,
     device=torch.device("cpu"),
@@ -79,10 +80,10 @@ def test_pages_of_what_folds_are_dense_and_one_is_spare():
         return pages_that_fit(SPEC, footprint, FEW, budget)
 
     assert footprint.page_bytes(16) == 1600
-    assert pages(wished_budget(1600 * 9 + 3600)) == 9
+    assert pages(wished_budget(1600 * 9 + 4500)) == 9
     assert pages(cpu_budget(2**40, 0.9)) == 4 * 7 + 2
-    with pytest.raises(Refused, match=r"holds 96 tokens.* needs 18,000 bytes"):
-        pages(wished_budget(1600 * 8 + 3600))
+    with pytest.raises(Refused, match=r"holds 96 tokens.* needs 18,900 bytes"):
+        pages(wished_budget(1600 * 8 + 4500))
 
 
 def test_a_cpu_pool_is_bounded():

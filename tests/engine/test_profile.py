@@ -88,6 +88,6 @@ def measured(
     device: Device, kind: type[KVCache], checkpoint: Path, settings: dict, *, records: bool
 ) -> Need:
     model = load(checkpoint, torch.float32, device.device, 64)
-    spec = model.cache_spec(16, 64, torch.float32, device.device)
+    spec = model.config.cache_spec(model.identity, 16, 64, 8, torch.float32, device.device)
     scheduler = SchedulerSettings(**settings)
     return measure(model, kind, DenseConfig(), spec, device, scheduler, records=records)

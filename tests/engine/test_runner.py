@@ -24,6 +24,9 @@ def sequence(rng: random.Random, n_planned: int, *, is_pending: bool, is_scored:
     seq.n_planned = n_planned
     # More than the step reads: pages may have been taken for a step that came to nothing.
     seq.pages = rng.sample(range(1, 1000), n_tokens // PAGE + 2)
+    seq.folded = rng.sample(range(1, 1000), rng.choice([0, 1, 20]))
+    seq.n_folded = 21 * len(seq.folded)
+    seq.row = rng.randrange(9)
     return seq
 
 
@@ -57,7 +60,12 @@ def test_the_arrays_of_a_step(seed: int):
     for seq, end, row in zip(planned, ends, geometry["page_table"].tolist(), strict=True):
         n_pages = -(-end // PAGE)
         assert row == seq.pages[:n_pages] + [0] * (len(row) - n_pages)
-    assert geometry["page_table"].shape[1] % 16 == 0
+    for seq, row in zip(planned, geometry["folded_table"].tolist(), strict=True):
+        assert row == seq.folded + [0] * (len(row) - len(seq.folded))
+    assert geometry["folded_len"].tolist() == [seq.n_folded for seq in planned]
+    assert batch["rows"].tolist() == [seq.row for seq in planned]
+    for name in ("page_table", "folded_table"):
+        assert geometry[name].shape[1] in (16, 32)
     assert {array.dtype for array in geometry.values()} == {np.dtype(np.int32)}
     pending = _pending(planned)
     replaced = dict(zip(*map(list, pending.values()), strict=True)) if pending else {}
@@ -82,5 +90,6 @@ def test_rows_for_nobody_stay_on_the_scratch_page():
     assert longer["tokens"].tolist()[3:] == [0] * 5
     assert longer["write_at"].tolist()[3:] == [0] * 5
     assert longer["context_len"].tolist()[3:] == [1] * 5
-    assert not longer["page_table"][3:].any()
+    assert not any(longer[name][3:].any() for name in ("page_table", "folded_table", "folded_len"))
+    assert longer["rows"].tolist()[3:] == [0] * 5
     assert longer["page_table"][:3].tolist() == geometry["page_table"].tolist()

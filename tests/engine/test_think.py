@@ -153,16 +153,27 @@ def test_what_is_reported_is_what_is_allocated(engine_of: Callable):
     assert info.kv_bytes == info.n_pages * 2 * 2 * 2 * 32 * 4 * 16
     assert info.kv_pools == ("full", "folded")
     assert info.kv_tokens == (info.n_pages - 2) * 21
-    assert info.n_pages == 201 - -(-32 * 2 * 2 * (4 * 32 + 8 * 48) // (2 * 2 * 2 * 32 * 4 * 16))
+    state = 2 * (2 * (4 * 32 + 8 * 16) + 6 * 32 * 4)
+    assert info.n_pages == 201 - -(-33 * state // (2 * 2 * 2 * 32 * 4 * 16))
 
 
-@pytest.mark.parametrize("cache", [{"kind": "think"}, {"kind": "dense", "dtype": "int8"}])
-def test_what_has_no_kernels_for_a_device_is_refused_there(
-    far_engine_of: Callable, cache: dict[str, Any]
+@pytest.mark.parametrize(
+    ("cache", "page_size"),
+    [({"kind": "dense"}, 64), ({"kind": "dense", "dtype": "int8"}, 32), ({"kind": "think"}, 32)],
+    ids=str,
+)
+def test_pages_are_the_backends_own_unless_told(
+    engine_of: Callable, cache: dict[str, Any], page_size: int
 ):
-    flags = f"--kv-cache {cache['kind']} --kv-cache-dtype {cache.get('dtype', 'auto')}"
-    with pytest.raises(Refused, match=f"{flags} has no CUDA.*today is dense.*or use --device cpu"):
-        far_engine_of(cache=cache)
+    assert engine_of(cache=cache, page_size=None).engine.info.page_size == page_size
+    assert engine_of(cache=cache, page_size=8).engine.info.page_size == 8
+
+
+def test_8_bit_floats_need_hardware(engine_of: Callable):
+    with pytest.raises(
+        Refused, match=r"dtype fp8: .*core.* takes a CUDA device of .* 8\.9 .* int8"
+    ):
+        engine_of(cache={"kind": "think", "dtype": "fp8"})
 
 
 def test_a_stored_form_that_a_backend_has_not_is_refused(engine_of: Callable):

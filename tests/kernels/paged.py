@@ -83,11 +83,13 @@ def paged(
     seed: int = 0,
     scattered: bool = True,
     shared: int = 0,
+    is_interleaved: bool = False,
 ) -> Paged:
     """Random contexts; the pages' numbers follow `seed`, their contents do not.
 
     The shape is (kv_heads, group, head_dim, page_size). The first `shared` pages of every sequence
-    are those of the first sequence.
+    are those of the first sequence. Where the pools are interleaved, a head's values follow its
+    keys, page by page.
     """
     kv_heads, group, head_dim, page_size = shape
     device = torch.get_default_device()
@@ -115,5 +117,7 @@ def paged(
             k.append(new[0])
             v.append(new[1])
         q = torch.randn(len(lengths), kv_heads * group, head_dim, generator=values).to(dtype)
+    if is_interleaved:
+        pools = pools.movedim(0, 2).contiguous().movedim(2, 0)
     k_pages, v_pages = pools.to(device)
     return Paged(q.to(device), k, v, k_pages, v_pages, table, head_dim**-0.5)

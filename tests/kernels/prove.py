@@ -40,6 +40,7 @@ class Compiled:
     Attributes:
         kernel: module.name.
         target: key of TARGETS.
+        program: the same for equal compilations.
         dtypes: of its arguments that are tensors, or None in place of one.
         constants: what the launcher fixed at compile time.
         grid: programs per axis, at most.
@@ -52,6 +53,7 @@ class Compiled:
 
     kernel: str
     target: str
+    program: str
     dtypes: tuple[str, ...]
     constants: str
     grid: tuple[int, ...]
@@ -104,6 +106,7 @@ def _compiling(target: str) -> Iterator[dict[int, Compiled]]:
         found[id(binary)] = Compiled(
             kernel=name,
             target=target,
+            program=binary.hash,
             dtypes=tuple(
                 str(x if x is None else x.dtype) for x in args if x is None or torch.is_tensor(x)
             ),

@@ -1,23 +1,27 @@
 """Attention over folded and full pages against the oracle, with NaN in every unused slot."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from kvfold.kernels.channel_attention import (
     ChannelPlan,
-    FoldedPages,
+    ChannelSplitPlan,
     channel_attention,
+    plan_channel_split,
     plan_channels,
-    write_folded,
 )
-from kvfold.kernels.decode_attention import decode_attention, plan_decode
+from kvfold.kernels.dispatch import triton, use_triton
+from kvfold.kernels.folded_pages import FoldedPages, write_folded
 
-DTYPES = [torch.float32, torch.bfloat16]
-CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
+# Bits of a code, 8-bit floats, or the dtype of the model.
+STORED = [None, FP8, 8, 4]
+Form = int | torch.dtype | None
 
 
 @dataclass(frozen=True)
@@ -43,41 +47,63 @@ class Shape:
 
 
 SHAPES = [
-    Shape(2, 7, 64, 32, 1, 85, 64),
+    Shape(2, 7, 64, 32, 5, 17, 64),
     Shape(1, 1, 96, 16, 3, 7, 16),
     Shape(2, 4, 128, 80, 5, 13, 64, 2),
     Shape(1, 8, 32, 32, 2, 9, 8, 2),
     Shape(3, 1, 48, 48, 1, 17, 16),
-    Shape(2, 4, 128, 64, 1, 33, 16, 2, 96),
+    Shape(2, 4, 128, 64, 3, 11, 16, 2, 96),
 ]
-# Folded pages and tokens after them; a sequence without folded pages is among those with some.
-CONTEXTS = ((2, 1), (0, 5), (1, 30), (3, 63), (0, 1), (1, 64), (5, 9))
+# Folded pages and tokens after them; a sequence without folded pages is among those with some. Of
+# the last page as many groups are written as fit.
+CONTEXTS = ((2, 1), (0, 5), (1.4, 30), (1, 63), (0, 1), (0.7, 64), (2.6, 9))
 FORMS = [2**40, 2048, 1]
 # Seed of the pages' order, and whether they are scattered at all.
 LAYOUTS = [(0, True), (0, False), (1, True)]
 
 
-def empty_pages(n_pages: int, shape: Shape, dtype: torch.dtype, bits: int | None) -> FoldedPages:
+def empty_pages(
+    n_pages: int, shape: Shape, dtype: torch.dtype, form: Form, poison: float = torch.nan
+) -> FoldedPages:
     """Pages that nobody wrote, views into a larger tensor as in the cache."""
+    bits = form if isinstance(form, int) else None
 
     def room(*dims: int, dtype: torch.dtype) -> torch.Tensor:
-        every = torch.empty(n_pages, shape.kv_heads, 2, *dims, dtype=dtype)
-        return every.fill_(torch.nan if dtype.is_floating_point else 99)[:, :, 0]
+        every = torch.empty(n_pages, 2, shape.kv_heads, *dims, dtype=dtype)
+        return every.copy_(torch.tensor(poison if dtype.is_floating_point else 99))[:, 0]
 
-    key_groups = shape.key_groups if bits else 1
-    value_groups = shape.value_groups if bits else 1
+    key_groups, value_groups = shape.key_groups, shape.value_groups if bits else 1
     per_byte = 8 // bits if bits else 1
-    stored = torch.int8 if bits else dtype
-    tokens = shape.n_tokens
-    rows = (key_groups, tokens // key_groups, shape.n_channels // per_byte)
-    columns = (value_groups, tokens, shape.value_width // value_groups // per_byte)
+    stored = torch.int8 if bits else form or dtype
+    rows = (key_groups, shape.group_tokens, shape.n_channels // per_byte)
+    columns = (value_groups, shape.n_tokens, shape.value_width // value_groups // per_byte)
     half = torch.float16
     return FoldedPages(
         bits=bits,
         keys=room(*rows, dtype=stored),
         values=room(*columns, dtype=stored),
         key_scale=room(key_groups, 2, shape.n_channels, dtype=half) if bits else None,
-        value_scale=room(value_groups, 2, tokens, dtype=half) if bits else None,
+        value_scale=room(value_groups, 2, shape.n_tokens, dtype=half) if bits else None,
+    )
+
+
+def written(
+    oracle: ModuleType, folded: FoldedPages, pages: torch.Tensor, groups: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n, kv_heads, group_tokens, channels] float64 – the numbers that these groups hold."""
+    by_group = (folded.keys.shape[2], folded.keys.shape[3])
+    k = folded.keys[pages, :, groups]
+    v = folded.values.unflatten(3, by_group)[pages, :, :, groups]
+    if folded.bits is None:
+        return k.double(), v[:, :, 0].double()
+    assert folded.key_scale is not None
+    assert folded.value_scale is not None
+    k_scale = folded.key_scale[pages, :, groups]
+    v_scale = folded.value_scale.unflatten(4, by_group)[pages, :, :, :, groups]
+    v = torch.from_numpy(oracle.dequantize(v, v_scale, folded.bits, -1))
+    return (
+        torch.from_numpy(oracle.dequantize(k, k_scale, folded.bits, -2)),
+        v.transpose(2, 3).flatten(3),
     )
 
 
@@ -94,24 +120,49 @@ class Case:
     k_pages: torch.Tensor
     v_pages: torch.Tensor
     folded_table: list[list[int]]
+    folded_len: list[int]
     page_table: list[list[int]]
 
-    def plan(self, rows: Sequence[int], window: int | None, token_bytes: int) -> ChannelPlan:
+    def plan(
+        self, rows: Sequence[int], window: int | None, token_bytes: int = 512
+    ) -> ChannelPlan | ChannelSplitPlan:
+        tables = [[table[s] for s in rows] for table in (self.folded_table, self.page_table)]
+        lengths = [[n[s] for s in rows] for n in (self.folded_len, list(map(len, self.k)))]
+        if use_triton(self.q):
+            (folded_table, page_table), heads = map(padded, tables), self.q.shape[1]
+            folded_len, context_len = torch.tensor(lengths).int()
+            return plan_channel_split(
+                folded_table,
+                folded_len,
+                page_table,
+                context_len,
+                self.folded,
+                self.k_pages,
+                heads,
+                window,
+                least_chunk=64,
+            )
         return plan_channels(
-            [self.folded_table[s] for s in rows],
-            [self.page_table[s] for s in rows],
-            [len(self.k[s]) for s in rows],
+            tables[0],
+            lengths[0],
+            tables[1],
+            lengths[1],
             self.shape.n_tokens,
             self.shape.page_size,
             window,
-            CPU,
+            self.q.device,
             token_bytes=token_bytes,
         )
 
     def attend(
-        self, rows: Sequence[int], *, window: int | None = None, token_bytes: int = 512
+        self,
+        rows: Sequence[int] | None = None,
+        *,
+        window: int | None = None,
+        token_bytes: int = 512,
     ) -> torch.Tensor:
-        at = list(rows)
+        """From the last position of these sequences, or all."""
+        at = list(range(len(self.k)) if rows is None else rows)
         kept, kept_values = (
             None if x.shape[2] == self.shape.head_dim else x[at] for x in self.kept
         )
@@ -121,36 +172,42 @@ class Case:
             self.folded,
             self.k_pages,
             self.v_pages,
-            self.plan(rows, window, token_bytes),
+            self.plan(at, window, token_bytes),
             self.shape.head_dim**-0.5,
         )
+
+
+def padded(table: list[list[int]]) -> torch.Tensor:
+    """[sequences, most pages] int32 – a table of pages as a device wants it."""
+    width = max(1, *map(len, table))
+    return torch.tensor([row + [0] * (width - len(row)) for row in table]).int()
 
 
 def make(
     oracle: ModuleType,
     shape: Shape,
     dtype: torch.dtype,
-    bits: int | None = None,
+    form: Form = None,
     *,
     seed: int = 0,
     scattered: bool = True,
+    poison: float = torch.nan,
 ) -> Case:
     """Random contexts; the pages' numbers follow `seed`, their contents do not."""
     values = torch.Generator().manual_seed(7)
-    size, tokens = shape.page_size, shape.n_tokens
-    lengths = [n * tokens + rest for n, rest in CONTEXTS]
-    n_folded = sum(n for n, _ in CONTEXTS)
-    n_full = sum(-(-length // size) for length in lengths)
-    order = torch.arange(1, n_folded + n_full + 3)
+    size, per_page = shape.page_size, shape.key_groups
+    n_groups = [int(n * per_page) for n, _ in CONTEXTS]
+    folded_len = [n * shape.group_tokens for n in n_groups]
+    lengths = [n + rest for n, (_, rest) in zip(folded_len, CONTEXTS, strict=True)]
+    n_pages = sum(-(-n // per_page) for n in n_groups) + sum(-(-n // size) for n in lengths) + 3
+    order = torch.arange(1, n_pages)
     if scattered:
         order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
     free = iter(order.tolist())
-    n_pages = n_folded + n_full + 3
-    folded = empty_pages(n_pages, shape, dtype, bits)
-    pools = torch.full((n_pages, shape.kv_heads, 2, size, shape.head_dim), torch.nan, dtype=dtype)
-    k_pages, v_pages = pools.unbind(2)
+    folded = empty_pages(n_pages, shape, dtype, form, poison)
+    pools = torch.full((n_pages, shape.kv_heads, 2, size, shape.head_dim), poison, dtype=dtype)
     k, v, kept, folded_table, page_table = [], [], [], [], []
-    for (n, _), length in zip(CONTEXTS, lengths, strict=True):
+    for n, whole, length in zip(n_groups, folded_len, lengths, strict=True):
         new = torch.randn(2, length, shape.kv_heads, shape.head_dim, generator=values)
         # Keys with a sink, an outlier channel and one that is always negative.
         new[0, 0] *= 2
@@ -165,60 +222,101 @@ def make(
                 for n in (shape.n_channels, shape.value_width)
             ]
         )
-        blocks = list(itertools.islice(free, n))
+        blocks = list(itertools.islice(free, -(-n // per_page)))
         folded_table.append(blocks)
         stored = new.double()
         if n:
-            at = [x.expand(n * tokens, -1, -1) for x in kept[-1]]
-            some = [new[i, : n * tokens].gather(2, at[i]) for i in (0, 1)]
-            pages = [x.unflatten(0, (n, tokens)).transpose(1, 2) for x in some]
-            write_folded(*pages, torch.tensor(blocks), folded)
-            back_k, back_v = (x.double() for x in some)
-            if bits:
-                keys, key_scale = folded.keys[blocks], folded.key_scale[blocks]
-                back_k = torch.from_numpy(oracle.dequantize(keys, key_scale, bits, -2))
-                back_k = back_k.flatten(2, 3).transpose(1, 2).flatten(0, 1)
-                values_, value_scale = folded.values[blocks], folded.value_scale[blocks]
-                back_v = oracle.dequantize(values_, value_scale, bits, -1)
-                back_v = torch.from_numpy(back_v).transpose(2, 3).flatten(3)
-                back_v = back_v.transpose(1, 2).flatten(0, 1)
-            zeroed = torch.zeros(n * tokens, shape.kv_heads, shape.head_dim, dtype=torch.float64)
-            stored[0, : n * tokens] = zeroed.scatter(2, at[0], back_k)
-            stored[1, : n * tokens] = zeroed.scatter(2, at[1], back_v)
+            at = [x.expand(whole, -1, -1) for x in kept[-1]]
+            some = [
+                new[i, :whole].gather(2, at[i]).unflatten(0, (n, -1)).transpose(1, 2)
+                for i in (0, 1)
+            ]
+            group = torch.arange(n)
+            places = torch.tensor(blocks)[group // per_page], group % per_page
+            write_folded(*some, *places, folded)
+            for i, back in enumerate(written(oracle, folded, *places)):
+                zeroed = torch.zeros_like(stored[i, :whole])
+                stored[i, :whole] = zeroed.scatter(2, at[i], back.transpose(1, 2).flatten(0, 1))
         k.append(stored[0])
         v.append(stored[1])
-        hidden = n * tokens // size
+        hidden = whole // size
         row = [0] * hidden + list(itertools.islice(free, -(-length // size) - hidden))
         page_table.append(row)
         for j in range(hidden, len(row)):
             # What folding has taken is not to be read here.
-            first = max(0, n * tokens - j * size)
+            first = max(0, whole - j * size)
             here = new[:, j * size : (j + 1) * size].transpose(1, 2)[:, :, first:]
             pools[row[j], :, :, first : first + here.shape[2]] = here.transpose(0, 1)
     q = torch.randn(len(lengths), shape.kv_heads * shape.group, shape.head_dim, generator=values)
+    kept_keys, kept_values = (torch.stack(lists) for lists in zip(*kept, strict=True))
+    k_pages, v_pages = pools.unbind(2)
     return Case(
         shape,
         q.to(dtype),
         k,
         v,
-        (torch.stack([x for x, _ in kept]), torch.stack([x for _, x in kept])),
+        (kept_keys, kept_values),
         folded,
         k_pages,
         v_pages,
         folded_table,
+        folded_len,
         page_table,
     )
 
 
-@pytest.mark.parametrize("window", [None, 1, 70], ids="window={}".format)
-@pytest.mark.parametrize("bits", [None, 8, 4], ids="bits={}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def on(device: torch.device, case: Case) -> Case:
+    """The case with everything that kernels read on this device."""
+    folded = {
+        f.name: None if x is None else x.to(device)
+        for f in fields(FoldedPages)
+        if not isinstance(x := getattr(case.folded, f.name), int)
+    }
+    return replace(
+        case,
+        q=case.q.to(device),
+        kept=tuple(x.to(device) for x in case.kept),
+        folded=replace(case.folded, **folded),
+        k_pages=case.k_pages.to(device),
+        v_pages=case.v_pages.to(device),
+    )
+
+
+@pytest.fixture
+def case_of(oracle: ModuleType) -> Callable[..., Case]:
+    """`make`, on the device of the path."""
+
+    def made(*args: Any, **options: Any) -> Case:
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            case = make(oracle, *args, **options)
+        return on(device, case)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "window"),
+    # Every shape in every form, and every form with every window.
+    [
+        (*pair, window)
+        for pair, window in zip(
+            itertools.product(SHAPES, STORED), itertools.cycle((None, 1, 70)), strict=False
+        )
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("path")
 def test_attention(
-    oracle: ModuleType, shape: Shape, dtype: torch.dtype, bits: int | None, window: int | None
+    oracle: ModuleType,
+    case_of: Callable[..., Case],
+    shape: Shape,
+    dtype: torch.dtype,
+    form: Form,
+    window: int | None,
 ) -> None:
-    case = make(oracle, shape, dtype, bits)
-    got = case.attend(range(len(CONTEXTS)), window=window)
+    case = case_of(shape, dtype, form)
+    got = case.attend(window=window)
     for s in range(len(CONTEXTS)):
         position = len(case.k[s]) - 1
         scale = shape.head_dim**-0.5
@@ -227,60 +325,120 @@ def test_attention(
 
 
 @pytest.mark.parametrize("window", [None, 70], ids="window={}".format)
-@pytest.mark.parametrize("bits", [None, 8, 4], ids="bits={}".format)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", STORED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_sequence_depends_on_itself_alone(
-    oracle: ModuleType, shape: Shape, dtype: torch.dtype, bits: int | None, window: int | None
+def test_pages_may_be_read_in_any_form(
+    case_of: Callable[..., Case],
+    shape: Shape,
+    dtype: torch.dtype,
+    form: Form,
+    window: int | None,
 ) -> None:
     """Bitwise: among neighbours, alone, on other pages, and however the pages are read."""
-    everyone = range(len(CONTEXTS))
-    together = make(oracle, shape, dtype, bits).attend(everyone, window=window)
+    together = case_of(shape, dtype, form).attend(window=window)
     assert not torch.equal(together[2], together[3])
     for (seed, scattered), token_bytes in zip(LAYOUTS, FORMS, strict=True):
-        case = make(oracle, shape, dtype, bits, seed=seed, scattered=scattered)
-        got = case.attend(everyone, window=window, token_bytes=token_bytes)
+        case = case_of(shape, dtype, form, seed=seed, scattered=scattered)
+        got = case.attend(window=window, token_bytes=token_bytes)
         assert torch.equal(got, together)
-        for s in everyone:
+        for s in range(len(CONTEXTS)):
             alone = case.attend([s], window=window, token_bytes=token_bytes)
             assert torch.equal(alone[0], together[s])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_without_folded_pages_it_is_decode_attention(
-    oracle: ModuleType, dtype: torch.dtype
+@pytest.mark.parametrize("form", STORED, ids=str)
+@pytest.mark.usefixtures("path")
+def test_a_result_depends_on_its_sequence_alone(
+    case_of: Callable[..., Case], dtype: torch.dtype, form: Form
 ) -> None:
-    case = make(oracle, SHAPES[0], dtype)
-    got = case.attend(range(len(CONTEXTS)))
-    whole = [s for s, (n, _) in enumerate(CONTEXTS) if not n]
-    tables, lengths = [case.page_table[s] for s in whole], [len(case.k[s]) for s in whole]
-    plan = plan_decode(tables, lengths, case.shape.page_size, None, CPU)
-    scale = case.shape.head_dim**-0.5
-    want = decode_attention(case.q[whole], case.k_pages, case.v_pages, plan, scale)
-    assert torch.equal(got[whole], want)
-    assert case.plan(whole, None, 512).folded is None
+    """Bitwise: among neighbours, alone, in another order, on other pages, beside other garbage."""
+    case = case_of(SHAPES[5], dtype, form)
+    together = case.attend()
+    assert torch.equal(case.attend(range(len(CONTEXTS))[::-1]).flip(0), together)
+    for s in (1, 6):
+        assert torch.equal(case.attend([s])[0], together[s])
+    for poison in (0, torch.inf):
+        other = case_of(SHAPES[5], dtype, form, seed=1, poison=poison)
+        assert torch.equal(other.attend(), together)
 
 
-def test_a_nan_in_a_folded_page_stays_with_its_sequence(oracle: ModuleType) -> None:
-    case = make(oracle, SHAPES[2], torch.float32)
-    everyone = range(len(CONTEXTS))
-    clean = case.attend(everyone)
-    case.folded.values[case.folded_table[3][1]] = torch.nan
-    got = case.attend(everyone)
-    assert got[3].isnan().all()
-    others = [s for s in everyone if s != 3]
+@pytest.mark.usefixtures("path")
+def test_without_folded_pages_it_is_decode_attention(
+    contexts: ModuleType, case_of: Callable[..., Case], dtype: torch.dtype
+) -> None:
+    case = case_of(SHAPES[0], dtype)
+    got = case.attend()
+    whole = [s for s, n in enumerate(case.folded_len) if not n]
+    dense = contexts.Paged(
+        case.q, case.k, case.v, case.k_pages, case.v_pages, case.page_table, got.shape[2] ** -0.5
+    )
+    assert torch.equal(got[whole], dense.decode(whole))
+
+
+@pytest.mark.usefixtures("path")
+def test_a_nan_in_a_folded_page_stays_with_its_sequence(case_of: Callable[..., Case]) -> None:
+    case = case_of(SHAPES[2], torch.float32)
+    clean = case.attend()
+    case.folded.values[case.folded_table[6][1]] = torch.nan
+    got = case.attend()
+    assert got[6].isnan().all()
+    others = [s for s in range(len(CONTEXTS)) if s != 6]
     assert torch.equal(got[others], clean[others])
 
 
-def test_large_scores_do_not_overflow(oracle: ModuleType) -> None:
-    case = make(oracle, SHAPES[2], torch.float32, 8)
+@pytest.mark.usefixtures("path")
+def test_large_scores_do_not_overflow(case_of: Callable[..., Case]) -> None:
+    case = case_of(SHAPES[2], torch.float32, 8)
     case.q.mul_(1e4)
-    assert case.attend(range(len(CONTEXTS))).isfinite().all()
+    assert case.attend().isfinite().all()
 
 
-def test_strangers_are_refused(oracle: ModuleType) -> None:
-    case = make(oracle, SHAPES[0], torch.float32)
-    plan = case.plan(range(len(CONTEXTS)), None, 512)
+def test_chunks_do_not_part_what_shares_a_scale(case_of: Callable[..., Case], path: str) -> None:
+    if path == "torch":
+        pytest.skip("torch works page by page")
+    case = case_of(SHAPES[2], torch.float32, 8)
+    plan = case.plan([6, 1, 3], 150)
+    assert isinstance(plan, ChannelSplitPlan)
+    n_chunks, first = plan.split.n_chunks.tolist(), plan.split.work_start.tolist()
+    assert plan.split.n_work.item() == sum(n_chunks) <= len(plan.split.work)
+    work = [plan.split.work[at : at + n].tolist() for at, n in zip(first, n_chunks, strict=True)]
+    # A folded page holds 65 tokens in groups of 13, as many bytes as the least chunk of 64.
+    assert [[(a, b) for _, _, a, b in rows] for rows in work] == [
+        [(28, 91), (91, 156), (156, 169), (169, 178)],
+        [(0, 5)],
+        [(0, 65), (65, 128)],
+    ]
+
+
+def test_an_empty_row_is_zero(case_of: Callable[..., Case], path: str) -> None:
+    """Rows that fill up a recorded step belong to nobody; they must do no harm."""
+    if path == "torch":
+        pytest.skip("torch steps are not filled up")
+    case = case_of(SHAPES[0], torch.float32, 4)
+    together = case.attend()
+    case.k[1] = case.k[1][:0]
+    case.folded_len[1] = 0
+    got = case.attend()
+    assert not got[1].any()
+    others = [s for s in range(len(CONTEXTS)) if s != 1]
+    assert torch.equal(got[others], together[others])
+
+
+@pytest.mark.usefixtures("path")
+def test_8_bit_floats_are_the_nearest_and_the_largest_beyond() -> None:
+    folded = empty_pages(3, Shape(1, 1, 16, 16, 2, 1, 8), torch.float32, FP8)
+    x = torch.tensor([1.0, 1.06, 1.07, 447, 448, 465, 1e9, -3e38]).repeat(2).view(1, 1, 1, 16)
+    write_folded(x, -x, *torch.tensor([[2], [1]]), folded)
+    want = torch.tensor([1.0, 1.0, 1.125, 448, 448, 448, 448, -448]).repeat(2)
+    assert torch.equal(folded.keys[2, 0, 1, 0].float(), want)
+    assert torch.equal(folded.values[2, 0, 0, 1].float(), -want)
+    assert int(folded.keys.float().isfinite().sum()) == 16
+
+
+def test_strangers_are_refused(case_of: Callable[..., Case]) -> None:
+    case = case_of(SHAPES[0], torch.float32)
+    plan = case.plan(range(len(CONTEXTS)), None)
 
     def attend(kept: torch.Tensor | None, folded: FoldedPages) -> None:
         channel_attention(case.q, (kept, None), folded, case.k_pages, case.v_pages, plan, 1.0)
@@ -290,9 +448,89 @@ def test_strangers_are_refused(oracle: ModuleType) -> None:
     with pytest.raises(ValueError, match="kept keys has shape"):
         attend(case.kept[0][:1], case.folded)
     with pytest.raises(ValueError, match=r"folded\.keys has dtype"):
-        attend(case.kept[0], make(oracle, SHAPES[0], torch.bfloat16).folded)
+        attend(case.kept[0], case_of(SHAPES[0], torch.bfloat16).folded)
+    with pytest.raises(ValueError, match=r"folded\.keys has strides"):
+        attend(case.kept[0], replace(case.folded, keys=case.folded.keys[..., ::2]))
     with pytest.raises(ValueError, match=r"folded\.values has 48 channels, wanted 64"):
         attend(case.kept[0], empty_pages(3, Shape(2, 7, 48, 32, 1, 9, 8), torch.float32, None))
     k = torch.zeros(1, 2, 3, 32)
     with pytest.raises(ValueError, match="k has shape"):
-        write_folded(k, k, torch.tensor([1]), case.folded)
+        write_folded(k, k, *torch.tensor([[1], [0]]), case.folded)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_serves_other_contexts(case_of: Callable[..., Case]) -> None:
+    with torch.device("cuda"):
+        case = case_of(SHAPES[2], torch.bfloat16, 4)
+        tables = padded(case.folded_table), padded(case.page_table)
+        lengths = torch.zeros(2, len(CONTEXTS), dtype=torch.int32)
+
+        def step() -> torch.Tensor:
+            plan = plan_channel_split(
+                tables[0], lengths[0], tables[1], lengths[1], case.folded, case.k_pages, 8, None
+            )
+            return channel_attention(
+                case.q, (case.kept[0], None), case.folded, case.k_pages, case.v_pages, plan, 0.1
+            )
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = step()
+        lengths.copy_(torch.tensor([case.folded_len, list(map(len, case.k))]))
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+def launches() -> None:
+    """Kept channels, groups and page sizes, in every form that the device can widen."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    for head_dim, n_channels, group, key_groups, group_tokens, page_size, form, width in [
+        (64, 48, 7, 1, 73, 64, None, 0),
+        (128, 64, 4, 1, 21, 16, None, 0),
+        (128, 64, 4, 5, 17, 64, None, 0),
+        (128, 80, 8, 3, 26, 64, None, 96),
+        (128, 96, 1, 4, 18, 64, None, 0),
+        (64, 64, 7, 1, 64, 32, FP8, 0),
+        (128, 64, 4, 5, 17, 32, FP8, 0),
+        (64, 64, 7, 1, 28, 16, 8, 0),
+        (128, 128, 4, 1, 29, 16, 8, 0),
+        (128, 64, 4, 1, 40, 16, 8, 0),
+        (128, 48, 8, 2, 91, 64, 8, 0),
+        (128, 80, 1, 1, 128, 64, 8, 96),
+        (64, 64, 7, 2, 26, 16, 4, 0),
+        (128, 128, 4, 4, 55, 64, 4, 0),
+        (128, 64, 4, 2, 36, 16, 4, 0),
+        (128, 96, 8, 4, 64, 64, 4, 0),
+        (128, 80, 1, 1, 21, 16, 4, 96),
+        (256, 128, 4, 2, 36, 16, 4, 0),
+    ]:
+        if form is FP8 and arch == 80:
+            continue
+        kv_heads = 4
+        heads = kv_heads * group
+        groups = -(-head_dim // 64) if form == 4 else 1
+        shape = Shape(
+            kv_heads,
+            group,
+            head_dim,
+            n_channels,
+            key_groups,
+            group_tokens,
+            page_size,
+            groups,
+            width,
+        )
+        # More than 2^31 elements.
+        folded = empty_pages(2**20, shape, torch.bfloat16, form)
+        pools = torch.empty(2**20, kv_heads, 2, page_size, head_dim, dtype=torch.bfloat16).unbind(2)
+        q = torch.empty(7, heads + kv_heads, head_dim, dtype=torch.bfloat16)[:, :heads]
+        tables, lengths = torch.empty(2, 7, 63).int(), torch.empty(2, 7).int()
+        kept = (
+            None if n == head_dim else torch.empty(7, kv_heads, n, dtype=torch.int64)
+            for n in (n_channels, shape.value_width)
+        )
+        plan = plan_channel_split(
+            tables[0], lengths[0], tables[1], lengths[1], folded, pools[0], heads, None
+        )
+        channel_attention(q, tuple(kept), folded, *pools, plan, 1.0)

@@ -51,7 +51,7 @@ def test_a_result_depends_on_its_sequence_alone(
     case = contexts.paged(shape, dtype, LENGTHS)
     together = case.decode(window=window)
     assert not torch.equal(together[2], together[3])
-    moved = contexts.paged(shape, dtype, LENGTHS, seed=1)
+    moved = contexts.paged(shape, dtype, LENGTHS, seed=1, is_interleaved=True)
     assert torch.equal(moved.decode(window=window), together)
     assert torch.equal(case.decode(range(8)[::-1], window=window).flip(0), together)
     for s in range(len(LENGTHS)):
@@ -75,6 +75,7 @@ def test_pages_may_be_read_in_any_form(
         case,
         contexts.paged(shape, dtype, LENGTHS, seed=1),
         contexts.paged(shape, dtype, LENGTHS, scattered=False),
+        contexts.paged(shape, dtype, LENGTHS, is_interleaved=True),
     ]
     for variant, token_bytes in itertools.product(variants, FORMS):
         got = variant.decode(everyone, window=window, token_bytes=token_bytes)
@@ -280,7 +281,7 @@ def launches() -> None:
         heads = kv_heads * group
         q = torch.empty(7, heads + kv_heads, head_dim, dtype=dtype)[:, :heads]
         # More than 2^31 elements.
-        pages = torch.empty(2**20, kv_heads, page_size, head_dim, dtype=dtype)
+        pages = torch.empty(2**20, kv_heads, 2, page_size, head_dim, dtype=dtype).unbind(2)
         table = torch.empty(7, 63, dtype=torch.int32)
-        plan = plan_split(table, torch.empty(7, dtype=torch.int32), pages, heads, None)
-        decode_attention(q, pages, pages, plan, 1.0)
+        plan = plan_split(table, torch.empty(7, dtype=torch.int32), pages[0], heads, None)
+        decode_attention(q, *pages, plan, 1.0)

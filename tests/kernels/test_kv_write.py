@@ -19,8 +19,9 @@ SHAPES = [(14, 2, 64, 64), (3, 3, 96, 96), (8, 1, 128, 32), (2, 1, 256, 256), (5
 def pools(
     kv_heads: int, page_size: int, dtype: torch.dtype, head_dim: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = torch.full((2, PAGES, kv_heads, page_size, head_dim), torch.nan, dtype=dtype)
-    return empty[0], empty[1]
+    """In memory a head's values follow its keys, page by page."""
+    empty = torch.full((PAGES, kv_heads, 2, page_size, head_dim), torch.nan, dtype=dtype)
+    return empty[:, :, 0], empty[:, :, 1]
 
 
 def angles(width: int) -> torch.Tensor:
@@ -146,8 +147,8 @@ def test_foreign_pools_are_refused() -> None:
 def test_a_pool_with_gaps_is_refused() -> None:
     k_pages, v_pages = pools(2, 8, torch.float32)
     x, slots = torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int64)
-    with forced("triton"), pytest.raises(ValueError, match="out_k_pages has strides"):
-        write_kv(x, x, k_pages[:, :1], v_pages[:, :1], slots)
+    with forced("triton"), pytest.raises(ValueError, match="k_pages has strides"):
+        write_kv(x, x, k_pages[:, :1, ::2], v_pages[:, :1, ::2], slots)
 
 
 def launches() -> None:
@@ -164,8 +165,8 @@ def launches() -> None:
         (2**17, torch.float32, 128, 28, 4, 16),
     ]:
         q, k = (torch.empty(tokens, n, head_dim, dtype=dtype) for n in (heads, kv_heads))
-        pages = torch.empty(2**16, kv_heads, page_size, head_dim, dtype=dtype)
+        pages = torch.empty(2**16, kv_heads, 2, page_size, head_dim, dtype=dtype).unbind(2)
         slots = torch.empty(tokens, dtype=torch.int64)
-        rotate_and_write(q, k, k, slots, table, pages, pages, slots)
-    rotate_and_write(q, k, k, slots, replace(table, interleaved=True), pages, pages, slots)
-    write_kv(k, k, pages, pages, slots)
+        rotate_and_write(q, k, k, slots, table, *pages, slots)
+    rotate_and_write(q, k, k, slots, replace(table, interleaved=True), *pages, slots)
+    write_kv(k, k, *pages, slots)

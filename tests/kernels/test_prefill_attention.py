@@ -25,7 +25,7 @@ def test_prefill(
     # The interpreter is slow, and has no tile that is larger than the others.
     lengths = (7, 129, 1, 65, 300 if path == "interpreter" else 2200)
     chunks = (7, 63, 1, 1, 70)
-    case = contexts.paged(shape, dtype, lengths)
+    case = contexts.paged(shape, dtype, lengths, is_interleaved=window is None)
     start = [0, *itertools.accumulate(chunks)]
     torch.manual_seed(0)
     q = torch.randn(start[-1], *case.q.shape[1:]).to(dtype)
@@ -101,6 +101,8 @@ def test_pools_with_gaps_are_refused(contexts: ModuleType) -> None:
     plan = plan_tiles(case.table, [0, 1], [9], case.k_pages, 1)
     with pytest.raises(ValueError, match="k_pages has strides"):
         prefill_attention(case.q, case.k_pages.mT.contiguous().mT, case.v_pages, plan, 1.0, None)
+    with pytest.raises(ValueError, match="v_pages has strides"):
+        prefill_attention(case.q, case.k_pages, case.v_pages.mT.contiguous().mT, plan, 1.0, None)
 
 
 def test_too_few_page_table_rows_are_refused() -> None:
@@ -127,7 +129,7 @@ def launches() -> None:
         heads = kv_heads * group
         q = torch.empty(tokens, heads + kv_heads, head_dim, dtype=dtype)[:, :heads]
         # More than 2^31 elements.
-        pages = torch.empty(2**20, kv_heads, page_size, head_dim, dtype=dtype)
+        pages = torch.empty(2**20, kv_heads, 2, page_size, head_dim, dtype=dtype).unbind(2)
         table = torch.empty(7, 63, dtype=torch.int32)
-        plan = plan_tiles(table, [0, tokens], [tokens], pages, heads)
-        prefill_attention(q, pages, pages, plan, 1.0, window)
+        plan = plan_tiles(table, [0, tokens], [tokens], pages[0], heads)
+        prefill_attention(q, *pages, plan, 1.0, window)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -40,7 +40,10 @@ FEWER_RESIDENT = {
 SPILLED: dict[tuple[str, str], int] = {
     # A window takes a loop more; the accumulator of heads of 256 fills the registers.
     ("kvfold.kernels.prefill_attention._kernel", "sm_80"): 96,
-    ("kvfold.kernels.prefill_attention._kernel", "gfx942"): 72,
+    ("kvfold.kernels.prefill_attention._kernel", "gfx942"): 88,
+    # Two or four words, for which a multiprocessor holds a program more.
+    ("kvfold.kernels.channel_attention._kernel", "sm_80"): 8,
+    ("kvfold.kernels.channel_attention._kernel", "sm_90"): 16,
 }
 GRID = (2**31 - 1, 65535, 65535)
 
@@ -156,12 +159,12 @@ def test_grids_are_ones_a_device_takes(compiled: list[SimpleNamespace]) -> None:
 @pytest.mark.slow
 def test_nothing_is_left_to_compile_while_a_request_waits(compiled: list[SimpleNamespace]) -> None:
     """Launches differ in tokens, too. On AMD small tensors are addressed in another way."""
-    variants = Counter(
-        (one.kernel, one.target, *one.dtypes, one.constants)
-        for one in compiled
-        if one.target != "gfx942"
-    )
-    assert not [variant for variant, n in variants.items() if n > 1]
+    programs = defaultdict(set)
+    for one in compiled:
+        if one.target != "gfx942":
+            variant = (one.kernel, one.target, *one.dtypes, one.constants)
+            programs[variant].add(one.program)
+    assert not [variant for variant, some in programs.items() if len(some) > 1]
 
 
 @pytest.mark.slow

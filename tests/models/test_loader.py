@@ -256,7 +256,7 @@ class BoundCache(DenseCache):
 def test_bind_gives_the_plain_projections(tmp_path: Path, raw: dict[str, Any]):
     tensors = weights(raw)
     decoder = load(write(tmp_path, raw, tensors), torch.float32, CPU, 32)
-    spec = decoder.cache_spec(8, 32, torch.float32, CPU)
+    spec = decoder.config.cache_spec(decoder.identity, 8, 32, 2, torch.float32, CPU)
     cache = BoundCache(spec, decoder.rotary, DenseConfig(), 4)
     decoder.bind(cache)
     assert len(cache.bound) == 2
@@ -277,7 +277,10 @@ def test_bind_reads_nothing_for_a_cache_that_derives_nothing(tmp_path: Path):
     decoder = load(path, torch.float32, CPU, 32)
     (path / "model.safetensors").unlink()
     cache: KVCache = DenseCache(
-        decoder.cache_spec(8, 32, torch.float32, CPU), decoder.rotary, DenseConfig(), 4
+        decoder.config.cache_spec(decoder.identity, 8, 32, 2, torch.float32, CPU),
+        decoder.rotary,
+        DenseConfig(),
+        4,
     )
     decoder.bind(cache)
 

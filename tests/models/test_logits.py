@@ -218,7 +218,9 @@ class OracleCache(KVCache):
 
 
 def cache_for(decoder: Decoder, kind: type[KVCache], max_len: int = 128) -> KVCache:
-    spec = decoder.cache_spec(8, max_len, torch.float32, torch.device("cpu"))
+    spec = decoder.config.cache_spec(
+        decoder.identity, 8, max_len, 2, torch.float32, torch.device("cpu")
+    )
     return kind(spec, decoder.rotary, DenseConfig(prefix=False), 40)
 
 
@@ -245,7 +247,7 @@ def step(decoder: Decoder, cache: KVCache, work: list[tuple[Sequence, int]]) -> 
         query_start=tuple(query_start),
         context_len=tuple(seq.n_computed + n for seq, n in work),
         page_table=tuple(tuple(seq.pages) for seq, _ in work),
-        rows=tuple(range(len(work))),
+        rows=torch.arange(len(work)),
         n_decode=sum(n == 1 for _, n in work),
         sequences=tuple(seq for seq, _ in work),
     )
@@ -369,7 +371,7 @@ def test_a_bfloat16_checkpoint_as_float32(model: PreTrainedModel, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close(model: PreTrainedModel, directory: Path, dtype: torch.dtype):
     decoder = load(directory, dtype, torch.device("cpu"), 128)
-    spec = decoder.cache_spec(8, 128, dtype, torch.device("cpu"))
+    spec = decoder.config.cache_spec(decoder.identity, 8, 128, 2, dtype, torch.device("cpu"))
     cache = OracleCache(spec, decoder.rotary, None, 0)
     got = all_logits(decoder, cache, prompt(), (N_TOKENS,))
     assert got.dtype == torch.float32
@@ -405,7 +407,7 @@ def test_logits_are_computed_only_where_wanted(directory: Path):
         query_start=(0, N_TOKENS),
         context_len=(N_TOKENS,),
         page_table=((),),
-        rows=(0,),
+        rows=torch.zeros(1, dtype=torch.int64),
         n_decode=0,
         sequences=(sequence("a", prompt()),),
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvfold.core.config import Config
 from kvfold.core.errors import Unavailable
-from kvfold.core.report import EngineInfo, EngineStats
+from kvfold.core.report import EngineInfo, EngineStats, ProbeStats
 from kvfold.core.sequence import FinishReason, Output, Request, TokenLogprobs
 from kvfold.engine.text import Text
 from kvfold.server.app import create_app
@@ -191,6 +191,9 @@ class ScriptedWorker:
             kv_usage=0.5 if n else 0.0,
             kv_bytes={"dense": 128 * n},
             kv_tokens=16 * n,
+            kv_full_bytes=192 * n,
+            kv_kept={"keys": 0.5, "values": 1.0},
+            probe=sum([ProbeStats.of(0.02, True)] * n, ProbeStats()),
             n_preempted=n,
             n_steps=n,
             prefix_queries=n,

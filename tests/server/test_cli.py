@@ -1,6 +1,7 @@
 """The command line: every setting has its flag, and every value its source."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ FLAGS = {
     "cache.memory_bytes": "--kv-cache-memory-bytes",
     "cache.memory_share": "--gpu-memory-utilization",
     "cache.prefix": "--enable-prefix-caching",
+    "cache.probe": "--kv-probe",
     "scheduler.max_sequences": "--max-num-seqs",
     "scheduler.max_tokens": "--max-num-batched-tokens",
     "scheduler.policy": "--scheduling-policy",
@@ -126,6 +128,7 @@ def test_counts(text: str, number: int) -> None:
         (["--max-model-len", "1.5"], "whole"),
         (["--max-model-len", "many"], "4096"),
         (["--max-num-seqs", "0"], "at least 1"),
+        (["--kv-probe", "2"], "--kv-probe is 2.0; it must be in [0, 1]"),
         (["--dtype", "int3"], "float32"),
         (["--kv-cache-config", "[1]"], "JSON object"),
         (["--kv-cache-config.prefix", "true"], "--no-enable-prefix-caching"),
@@ -220,3 +223,73 @@ def test_api_process_and_command_line_stay_light() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[] []"
+
+
+def plan(*arguments: str) -> Result:
+    spread = cli.spread_tokens(cli.fold_dotted(["plan", *arguments]))
+    return CliRunner().invoke(cli.app, spread)
+
+
+SMALL = ("--device", "cpu", "--kv-cache-memory-bytes", "64M", "--max-model-len", "4K")
+
+
+def test_plan_compares_a_backend_with_dense() -> None:
+    result = plan(*SMALL, "--kv-cache", "think", "--kv-cache-dtype", "int8", "--tokens", "1K", "2K")
+    assert result.exit_code == 0, result.output
+    rows = {line[:24].strip(): line.split()[-2:] for line in result.output.splitlines()}
+    header = next(line for line in result.output.splitlines() if line.endswith("dense"))
+    assert header.split() == ["think", "int8", "dense"]
+    folded, dense = map(int, rows["requests of 2,048: seale"])
+    assert folded > 2 * dense
+    assert rows["requests of 2,048: being"][1] == str(dense)
+    assert "requests of 1,024: seale" in rows
+
+
+def test_plan_tells_programs_the_same() -> None:
+    told = json.loads(plan(*SMALL, "--json", "--tokens", "1K").output)
+    (dense,) = told["backends"]
+    assert dense["kv_bytes"] == dense["n_pages"] * 64 * dense["bytes_per_full_token"] <= 64 * 2**20
+    assert [fit["n_tokens"] for fit in dense["fits"]] == [1024]
+    assert told["max_len"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["/nonexistent/model"], "nonexistent"),
+        (["--kv-cache", "thin"], "did you mean think"),
+        (["--kv-cache", "think", "--kv-cache-config.ratio", "1"], "prune_ratio"),
+        (["--tokens", "8K"], "--tokens 8,192"),
+        (["--tokens", "many"], "write 4096"),
+        (["--kv-cache-memory-bytes", "1"], "--kv-cache-memory-bytes"),
+        (["--block-size", "12"], "multiple of 8"),
+    ],
+)
+def test_plan_refuses_as_serve_does(arguments: list[str], says: str) -> None:
+    result = plan(*SMALL, *arguments)
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+HTTP = ("fastapi", "starlette", "uvicorn", "orjson", "msgspec")
+
+
+@pytest.mark.parametrize(
+    ("absent", "code"),
+    [
+        # typer itself coerces values with pydantic, where it can.
+        (HTTP, "from kvfold.server import cli; cli.main()"),
+        (
+            (*HTTP, "pydantic"),
+            "from kvfold.core.config import Config; from kvfold.server.planning import plan;"
+            "plan(Config.from_dict({'model': {'device': 'cpu'}}), [1024, 4096], as_json=False)",
+        ),
+    ],
+)
+def test_plan_needs_no_http_stack(absent: tuple[str, ...], code: str) -> None:
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); {code}"
+    command = [sys.executable, "-c", program, "plan", *SMALL, "--tokens", "1K", "4K"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "requests of 4,096: sealed" in done.stdout

@@ -22,7 +22,11 @@ VLLM = {
     *("request_queue_time_seconds", "request_prefill_time_seconds"),
     *("request_decode_time_seconds", "request_inference_time_seconds", "cache_config_info"),
 }
-OURS = {"kv_cache_bytes", "kv_cache_tokens", "engine_restarts", "requests_rejected"}
+OURS = {
+    *("kv_cache_bytes", "kv_cache_tokens", "kv_cache_compression_ratio"),
+    *("kv_cache_kept_channels", "kv_probe_steps", "kv_probe_top1_agreement", "kv_probe_kl"),
+    *("engine_restarts", "requests_rejected"),
+}
 RESTING = {"num_requests_running": "nothing runs when the scrape comes"}
 
 
@@ -84,6 +88,35 @@ async def test_bytes_and_tokens_give_bytes_per_token() -> None:
         body = (await client.get("/metrics")).body.decode()
         assert 'kvfold:kv_cache_bytes{model_name="test",pool="dense"} 384.0' in body
         assert 'kvfold:kv_cache_tokens{model_name="test"} 48.0' in body
+        assert 'kvfold:kv_cache_compression_ratio{model_name="test"} 1.5' in body
+
+
+async def test_what_a_backend_keeps_and_loses() -> None:
+    async with serving(script) as client:
+        body = (await client.get("/metrics")).body.decode()
+        assert "kvfold:kv_cache_compression_ratio{" not in body
+        await client.post("/v1/completions", {"prompt": "x"})
+        # An engine that is replaced takes none of it along.
+        await client.supervisor._retire()
+        body = (await client.get("/metrics")).body.decode()
+        for line in (
+            'kv_probe_steps_total{model_name="test"} 3.0',
+            'kv_probe_top1_agreement_total{model_name="test"} 3.0',
+            'kv_probe_kl_bucket{le="1e-06",model_name="test"} 0.0',
+            'kv_probe_kl_bucket{le="0.01",model_name="test"} 0.0',
+            'kv_probe_kl_bucket{le="0.03",model_name="test"} 3.0',
+            'kv_probe_kl_bucket{le="+Inf",model_name="test"} 3.0',
+            'kv_probe_kl_count{model_name="test"} 3.0',
+            'kv_probe_kl_sum{model_name="test"} 0.06',
+        ):
+            assert f"kvfold:{line}" in body
+
+
+async def test_kept_channels_are_told_by_part() -> None:
+    async with serving(script) as client:
+        body = (await client.get("/metrics")).body.decode()
+        assert 'kvfold:kv_cache_kept_channels{model_name="test",part="keys"} 0.5' in body
+        assert 'kvfold:kv_cache_kept_channels{model_name="test",part="values"} 1.0' in body
 
 
 async def test_counts_of_one_request() -> None:
@@ -113,11 +146,12 @@ def test_snapshot_has_no_field_that_nobody_shows() -> None:
     from kvfold.server import metrics
 
     # Read by benches, not by dashboards.
-    unshown = {"step_s", "n_free_pages", "n_steps", "step_tokens", "kv_bytes", "kv_tokens"}
-    probe = EngineStats()
+    unshown = {"step_s", "n_free_pages", "n_steps", "step_tokens"}
+    # Of families that have more labels, or are ratios; each has a test of its own.
+    composed = {"kv_bytes", "kv_full_bytes", "kv_kept", "probe"}
     for field in dataclasses.fields(EngineStats):
-        if field.name in unshown:
+        if field.name in unshown | composed:
             continue
-        moved = dataclasses.replace(probe, **{field.name: 5})
+        moved = dataclasses.replace(EngineStats(), **{field.name: 5})
         readers = [*metrics._GAUGES.values(), *metrics._COUNTERS.values()]
         assert any(read(moved) == 5 for _, read in readers), field.name

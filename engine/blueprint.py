@@ -1,0 +1,76 @@
+"""What settings, hardware and a checkpoint's headers decide before a weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache.base import CacheSpec, Footprint, KVCache
+from ..cache.registry import backend
+from ..core.config import Config, Hardware, resolve
+from ..core.errors import Refused
+from ..demo.where import model_dir
+from ..models.config import ModelConfig
+from ..models.loader import identity, locate, read_config, weight_bytes
+from .plan import probe, served_len
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """An engine to be."""
+
+    config: Config
+    """Without "auto"."""
+    path: Path
+    """Of the checkpoint."""
+    architecture: ModelConfig
+    hardware: Hardware
+    kind: type[KVCache]
+    options: Any
+    """The backend's own dataclass."""
+    spec: CacheSpec
+
+    @staticmethod
+    def of(config: Config) -> "Blueprint":
+        """What an engine of that config will be.
+
+        Raises `Refused` or `NotFound` for settings or checkpoints that cannot work.
+        """
+        config.check()
+        kind = backend(config.cache.kind, config.cache.dtype)
+        stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
+        options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
+        if config.cache.probe and kind.seal is KVCache.seal:
+            raise Refused(
+                f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
+                f"{config.cache.dtype} keeps keys and values as they are, so that there is nothing "
+                "to measure; choose a --kv-cache that folds them, or leave --kv-probe out",
+                param="kv-probe",
+            )
+        path = locate(config.model.path or str(model_dir()), config.model.revision)
+        architecture = read_config(path)
+        hardware = probe(config.model.device)
+        config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
+        spec = architecture.cache_spec(
+            identity(path),
+            config.cache.page_size or kind.page_size,
+            served_len(config.model.max_len, architecture.max_position),
+            config.scheduler.max_sequences,
+            getattr(torch, config.model.dtype),
+            torch.device(config.model.device),
+        )
+        return Blueprint(
+            config=config,
+            path=path,
+            architecture=architecture,
+            hardware=hardware,
+            kind=kind,
+            options=options,
+            spec=spec,
+        )
+
+    @property
+    def footprint(self) -> Footprint:
+        """Bytes that the backend needs."""
+        return self.kind.footprint(self.spec, self.options)

@@ -1,0 +1,60 @@
+"""`kvfold plan`: a table for people, or JSON."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import typer
+
+from ..core.config import Config
+from ..engine.forecast import Forecast, Outlook, forecast
+
+
+def plan(config: Config, lengths: Sequence[int], *, as_json: bool) -> None:
+    """Print what a model takes and what fits. Raises what `forecast` raises."""
+    outlook = forecast(config, lengths)
+    typer.echo(json.dumps(dataclasses.asdict(outlook)) if as_json else _table(outlook))
+
+
+def _table(outlook: Outlook) -> str:
+    columns = [_column(backend) for backend in outlook.backends]
+    left = max(map(len, columns[0]))
+    right = max(len(cell) for column in columns for cell in column.values())
+    lines = [
+        f"{outlook.architecture}, {outlook.dtype}, context {outlook.max_len:,}, "
+        f"on {outlook.machine} ({outlook.device})",
+        f"{outlook.weight_bytes:,} bytes of weights, {outlook.budget_bytes:,} for the KV cache",
+        "",
+    ]
+    for label in columns[0]:
+        cells = (f"  {column[label]:>{right}}" for column in columns)
+        lines.append(f"{label:{left}}" + "".join(cells))
+    lines += ["", f"At most {outlook.max_sequences} run at the same time (--max-num-seqs)."]
+    if outlook.device != "cpu":
+        lines.append(
+            "The largest step and CUDA graphs take memory as well, which serving measures."
+        )
+    return "\n".join(lines)
+
+
+def _column(backend: Forecast) -> dict[str, str]:
+    """A backend's cells by the label of their row."""
+    stored = "" if backend.kv_cache_dtype == "auto" else f" {backend.kv_cache_dtype}"
+    cells = {
+        "": backend.kv_cache + stored,
+        "pool": f"{backend.kv_bytes:,} bytes",
+        "  pages": f"{backend.n_pages:,} of {backend.page_size} tokens",
+        "  spare and scratch": f"{backend.spare_bytes:,} bytes",
+        "state of a sequence": f"{backend.bytes_per_sequence:,} bytes",
+        "a token, full": f"{backend.bytes_per_full_token:,} bytes",
+        "a token, sealed": f"{backend.bytes_per_sealed_token:,} bytes",
+    }
+    page_bytes = backend.kv_bytes // backend.n_pages
+    for fit in backend.fits:
+        request = f"requests of {fit.n_tokens:,}"
+        cells |= {
+            f"{request}: being computed": f"{fit.n_full:,}",
+            f"{request}: sealed": f"{fit.n_sealed:,}",
+            f"{request}: a token": f"{fit.sealed_pages * page_bytes // fit.n_tokens:,} bytes",
+        }
+    return cells
