@@ -9,7 +9,7 @@ DEV = $(VENV)/.dev
 # The checkout under the package's name, for a Python that the package is not installed in.
 LINK = $(CURDIR)/build/link
 
-.PHONY: serve dev check test test-gpu bench bench-gpu
+.PHONY: serve dev check test test-gpu bench bench-gpu eval soak
 
 serve: $(RUNTIME)
 	$(BIN)/kvfold serve
@@ -43,11 +43,22 @@ test-gpu: $(LINK)
 
 bench: $(DEV)
 	$(BIN)/python -m kvfold.bench.decode --out bench/results/decode-cpu.json
+	$(BIN)/python -m kvfold.bench.kv --out bench/results/kv-cpu.json
 
 bench-gpu: $(LINK)
 	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.kernels --out bench/results/kernels-cuda.json
 	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.decode --device cuda --shape llama-3.1-8b \
 		--concurrency 1 8 15 16 17 32 64 --input-len 1024 --out bench/results/decode-cuda.json
+	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.kv --device cuda --dtypes bfloat16 \
+		--out bench/results/kv-cuda.json
+
+# About half an hour on two idle cores.
+eval: $(DEV)
+	$(BIN)/python -m kvfold.eval.needle --out bench/results/needle-cpu.json
+
+# Five minutes for each of seven caches.
+soak: $(DEV)
+	$(BIN)/python -m kvfold.bench.soak --out bench/results/soak-cpu.json
 
 $(LINK):
 	mkdir -p $@ && ln -sfn $(CURDIR) $@/kvfold

@@ -76,7 +76,15 @@ class Machine:
     n_rounds: int
 
     def seconds(self, calls: dict[str, Call], n_buffers: int) -> dict[str, float]:
-        """Median seconds of each call, the calls taking turns; on CUDA each is a recorded graph."""
+        """Median seconds of each call, as `rounds` measures them."""
+        rounds = self.rounds(calls, n_buffers)
+        return {name: statistics.median(taken) for name, taken in rounds.items()}
+
+    def rounds(self, calls: dict[str, Call], n_buffers: int) -> dict[str, list[float]]:
+        """Seconds of each call by round, the calls taking turns; on CUDA each is a recorded graph.
+
+        A round makes each call on every buffer and counts the mean.
+        """
 
         def on_each(call: Call) -> None:
             for i in range(n_buffers):
@@ -90,7 +98,7 @@ class Machine:
         for _ in range(self.n_rounds):
             for name, run in runs.items():
                 taken[name].append(self._elapsed(run) / n_buffers)
-        return {name: statistics.median(values) for name, values in taken.items()}
+        return taken
 
     def _elapsed(self, run: Callable[[], None]) -> float:
         if self.device.is_host:

@@ -14,9 +14,9 @@ RANK = {
     "sparsity": 1,
     "models": 2,
     "engine": 3,
-    "eval": 4,
     "bench": 4,
-    "server": 5,
+    "eval": 5,
+    "server": 6,
 }
 FOLDERS = sorted(
     {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "build", "dist", "docs"}
