@@ -13,9 +13,10 @@ each of folded pages or of full ones.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,17 +24,17 @@ from .decode_attention import (
     LEAST_CHUNK,
     DecodePlan,
     LeadingKeys,
+    Levels,
     SplitPlan,
     add_up,
     attend_chunk,
     chunk_constants,
-    common_sizes,
-    highest_of,
     merge_chunks,
     multiply_pages,
     n_programs,
     plan_decode,
     plan_split,
+    sum_levels,
     sum_pages,
 )
 from .dispatch import check, jit, tl
@@ -41,10 +42,12 @@ from .folded_pages import FoldedPages
 from .paged import check_pools, padded, pages_of, tile_of, weigh
 from .quantize import affine, unpack
 
-# Numbers of one tile, which is copied or widened and multiplied while the caches hold it: half or
-# twice as many make no difference, with a quarter as many codes a step took a quarter longer, with
-# four times as many in float32 a third (one core, AVX512_BF16).
-_TILE_NUMBERS = 2**20
+# Bytes of the full keys, and of as many values, of the tokens of one tile, which is copied or
+# widened and multiplied while the caches hold it: with half as many a step of 8,192 tokens took 5 %
+# longer, with four times as many 10 % (bfloat16, one core, AVX512_BF16).
+_TILE_BYTES = 2**22
+# Pages of a bundle: powers of this. Fewer and larger products, and fewer partial sums to add up.
+_BUNDLE_STEP = 4
 
 # Tokens of a Triton tile of codes, at most: with twice as many, programs for 128 channels spill on
 # an H200, and on an MI300X two do not find registers enough.
@@ -54,18 +57,41 @@ Kept = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bundles:
+    """Runs of equally many folded pages of one sequence each, which are multiplied as one matrix.
+
+    Attributes:
+        n_pages: pages of a bundle, C.
+        tiles: the pages of some bundles after the other, as an index of the pool.
+        pages: [bundles · C] int64 – the same in one.
+        owner: [bundles] int64 – sequence of each, among those that see folded pages.
+        partial: [m] int64 – bundles of which only some slots are visible.
+        hidden: [m, C · F] bool – slots of theirs that must not be read.
+    """
+
+    n_pages: int
+    tiles: tuple[slice | Tensor, ...]
+    pages: Tensor
+    owner: Tensor
+    partial: Tensor
+    hidden: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FoldedPlan:
     """Which folded pages a decode step reads for whom.
 
     Attributes:
-        entries: a folded page per entry, for the sequences that see any.
-        pages: [entries] int64 – those pages.
-        sequences: [n] int64 – those sequences.
+        sequences: [n] int64 – sequences that see any.
+        bundles: their pages, in bundles of several sizes.
+        levels: how the bundles' parts add up, as in `DecodePlan`.
+        result: as in `DecodePlan`.
     """
 
-    entries: DecodePlan
-    pages: Tensor
     sequences: Tensor
+    bundles: tuple[Bundles, ...]
+    levels: Levels
+    result: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,20 +143,14 @@ def plan_channels(
     ]
     folded = None
     if rows:
-        entries = plan_decode(
+        folded = _plan_folded(
             [folded_table[row] for row in rows],
+            [starts[row] for row in rows],
             [folded_len[row] for row in rows],
+            rows,
             n_tokens,
-            None,
             device,
-            token_bytes=token_bytes,
-            first_token=[starts[row] for row in rows],
-        )
-        viewed = [torch.arange(page, page + n, device=device) for page, n in entries.runs]
-        folded = FoldedPlan(
-            entries=entries,
-            pages=torch.cat((*viewed, entries.gathered)),
-            sequences=torch.tensor(rows, device=device),
+            max(1, _TILE_BYTES // token_bytes),
         )
     return ChannelPlan(
         full=plan_decode(
@@ -144,6 +164,82 @@ def plan_channels(
         ),
         folded=folded,
     )
+
+
+def _plan_folded(
+    table: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    ends: Sequence[int],
+    sequences: Sequence[int],
+    n_tokens: int,
+    device: torch.device,
+    tile_tokens: int,
+) -> FoldedPlan:
+    """Tokens [start, end) of each sequence, in as many bundles of the largest size as there are
+    and ever fewer of smaller ones: what is multiplied together depends on the sequence alone.
+    """
+    size = 1
+    while size * _BUNDLE_STEP * n_tokens <= tile_tokens:
+        size *= _BUNDLE_STEP
+
+    def put(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+
+    first = np.asarray(starts) // n_tokens
+    last = -(-np.asarray(ends) // n_tokens)
+    n_before = np.zeros(len(table), dtype=np.int64)
+    bundles, owners, ordinals = [], [], []
+    while size:
+        counts = (last - first) // size
+        owner = np.repeat(np.arange(len(table)), counts)
+        if len(owner):
+            ordinal = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+            begin = first[owner] + ordinal * size
+            pages = np.concatenate(
+                [
+                    np.asarray(row[at : at + n * size], dtype=np.int64)
+                    for row, at, n in zip(table, first.tolist(), counts.tolist(), strict=True)
+                ]
+            )
+            seen, unseen = np.asarray(starts)[owner], np.asarray(ends)[owner]
+            partial = np.flatnonzero(
+                (begin * n_tokens < seen) | ((begin + size) * n_tokens > unseen)
+            )
+            slots = begin[partial, None] * n_tokens + np.arange(size * n_tokens)
+            hidden = (slots < seen[partial, None]) | (slots >= unseen[partial, None])
+            n = max(1, tile_tokens // (size * n_tokens)) * size
+            bundles.append(
+                Bundles(
+                    n_pages=size,
+                    tiles=tuple(
+                        _selector(pages[at : at + n], put) for at in range(0, len(pages), n)
+                    ),
+                    pages=put(pages),
+                    owner=put(owner),
+                    partial=put(partial),
+                    hidden=put(hidden),
+                )
+            )
+            owners.append(owner)
+            ordinals.append(ordinal + n_before[owner])
+        first, n_before = first + counts * size, n_before + counts
+        size //= _BUNDLE_STEP
+    owner, ordinal = np.concatenate(owners), np.concatenate(ordinals)
+    order = np.lexsort((ordinal, owner))
+    levels, result = sum_levels(order, owner[order], ordinal[order])
+    return FoldedPlan(
+        sequences=torch.tensor(sequences, device=device),
+        bundles=tuple(bundles),
+        levels=tuple((put(left), put(right)) for left, right in levels),
+        result=put(result),
+    )
+
+
+def _selector(pages: np.ndarray, put: Callable[[np.ndarray], Tensor]) -> slice | Tensor:
+    """Pages as an index of their pool: a view where they follow each other."""
+    begin = int(pages[0])
+    is_run = bool((pages == np.arange(begin, begin + len(pages))).all())
+    return slice(begin, begin + len(pages)) if is_run else put(pages)
 
 
 def _torch(
@@ -181,115 +277,108 @@ def _sum_folded(
     q: Tensor, folded: FoldedPages, plan: FoldedPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What `sum_pages` returns, for folded pages and queries [sequences, kv_heads, group, T]."""
-    entries, keys, key_scale = plan.entries, folded.keys, folded.key_scale
-    if key_scale is None:
+    scores = [_scores(q.index_select(0, part.owner), folded, part) for part in plan.bundles]
+    highest = q.new_full((*q.shape[:3], 1), -torch.inf, dtype=torch.float32)
+    for part, score in zip(plan.bundles, scores, strict=True):
+        if len(part.partial):
+            seen = score.index_select(0, part.partial)
+            seen.masked_fill_(part.hidden[:, None, None, :], -torch.inf)
+            score.index_copy_(0, part.partial, seen)
+        peak = score.amax(dim=-1, keepdim=True)
+        owner = part.owner.view(-1, 1, 1, 1).expand_as(peak)
+        # A maximum is exact in any order.
+        highest.scatter_reduce_(0, owner, peak, "amax")
+    sums = []
+    for part, score in zip(plan.bundles, scores, strict=True):
+        weight = score.sub_(highest.index_select(0, part.owner)).mul_(scale).exp_()
+        mass = weight.sum(dim=-1, keepdim=True)
+        sums.append(torch.cat((_weighted(weight, folded, part, q.dtype), mass), dim=-1))
+    return add_up(torch.cat(sums), plan.levels, plan.result), highest
+
+
+def _scores(q: Tensor, folded: FoldedPages, part: Bundles) -> Tensor:
+    """[bundles, kv_heads, group, C · F] float32 – products with keys of q [bundles, ...]."""
+    n, kv_heads, group, _ = q.shape
+    keys, key_scale, bits = folded.keys, folded.key_scale, folded.bits
+    if key_scale is None or bits is None:
         # Without scales to tell them apart all groups are one matrix.
-        keys = keys.view(*keys.shape[:2], 1, folded.n_tokens, -1)
-    else:
-        key_scale = key_scale.index_select(0, plan.pages)
-    score = _product(
-        q.index_select(0, entries.owner),
-        (keys[pages] for pages in _tiles(entries, keys[0].numel())),
-        key_scale,
-        folded.bits,
-        q.dtype,
-        transposed=True,
+        keys = keys.view(*keys.shape[:2], folded.n_tokens, -1)
+        return torch.cat(
+            [
+                multiply_pages(rows, _matrices(keys[tile], part, q.dtype), transposed=True)
+                for rows, tile in _with_tiles(q, part)
+            ]
+        ).float()
+    # [bundles, C, kv_heads, key_groups, group, T]
+    step, low = (
+        x.view(n, part.n_pages, kv_heads, -1, 1, folded.n_channels)
+        for x in affine(key_scale.index_select(0, part.pages), bits)
     )
-    if len(entries.partial):
-        seen = score.index_select(0, entries.partial)
-        seen.masked_fill_(entries.hidden[:, None, None, :], -torch.inf)
-        score.index_copy_(0, entries.partial, seen)
-    highest = highest_of(score.amax(dim=-1, keepdim=True), entries)
-    weight = score.sub_(highest.index_select(0, entries.owner)).mul_(scale).exp_()
-    mass = weight.sum(dim=-1, keepdim=True)
-
-    values, value_scale = folded.values, folded.value_scale
-    if value_scale is not None:
-        value_scale = value_scale.index_select(0, plan.pages)
-    part = _product(
-        weight,
-        (values[pages] for pages in _tiles(entries, values[0].numel())),
-        value_scale,
-        folded.bits,
-        q.dtype,
-        transposed=False,
-    )
-    # As in `sum_pages`: what a hidden slot holds, or its scale, may be NaN, which a weight of zero
-    # does not silence.
-    if bool(part.index_select(0, entries.partial).isnan().any()):
-        hidden = entries.hidden[:, None, None, :]
-        here = values.index_select(0, entries.partial_pages)
-        if value_scale is None:
-            here = here.to(q.dtype).masked_fill_(hidden.unsqueeze(4), 0)
-        else:
-            value_scale = value_scale.index_select(0, entries.partial)
-            value_scale.masked_fill_(hidden.unsqueeze(3), 0)
-        redone = _product(
-            weight.index_select(0, entries.partial),
-            (here,),
-            value_scale,
-            folded.bits,
-            q.dtype,
-            transposed=False,
-        )
-        part.index_copy_(0, entries.partial, redone)
-    return add_up(torch.cat((part, mass), dim=-1), entries), highest
-
-
-def _product(
-    x: Tensor,
-    stored: Iterable[Tensor],
-    scale: Tensor | None,
-    bits: int | None,
-    dtype: torch.dtype,
-    *,
-    transposed: bool,
-) -> Tensor:
-    """x[entry] times what is stored in the entry's page; the scales of codes go into x.
-
-    Args:
-        x: [entries, kv_heads, group, a] float – queries or weights.
-        stored: the pages of some entries after the other, in all
-            [entries, kv_heads, groups, b, a] if transposed, else [entries, kv_heads, groups, a, b].
-        scale: [entries, kv_heads, groups, 2, a] – scale and minimum of codes, or None.
-        bits: of a code, or None.
-        dtype: of the product's factors.
-        transposed: multiply by the transposed matrices.
-
-    Returns:
-        [entries, kv_heads, group, groups · b] float32.
-    """
-    # [entries, kv_heads, 1, group, a], against groups in the third place.
-    wide = x.unsqueeze(2)
-    base = None
-    if scale is not None and bits is not None:
-        wide = wide.float()
-        factor, low = (part.unsqueeze(3) for part in affine(scale, bits))
-        base = (wide * low).sum(dim=4, keepdim=True)
-        wide = wide * factor
-    rows = wide.to(dtype).flatten(1, 2)
+    wide = q.float()[:, None, :, None]
+    base = (wide * low).sum(dim=5, keepdim=True)
+    rows_of = (wide * step).to(q.dtype).flatten(2, 3)
     blocks = []
-    at = 0
-    for pages in stored:
-        matrices = pages.flatten(1, 2)
-        matrices = matrices.to(dtype) if bits is None else unpack(matrices, bits, dtype)
-        here = rows[at : at + len(matrices)]
-        blocks.append(multiply_pages(here, matrices, transposed=transposed))
-        at += len(matrices)
-    product = torch.cat(blocks).float().view(*wide.shape[:4], -1)
+    for rows, tile in _with_tiles(rows_of, part):
+        matrices = unpack(keys[tile].flatten(1, 2), bits, q.dtype)
+        blocks.append(multiply_pages(rows.flatten(0, 1), matrices, transposed=True))
+    score = torch.cat(blocks).float().view(*base.shape[:5], -1).add_(base)
+    return score.permute(0, 2, 4, 1, 3, 5).reshape(n, kv_heads, group, -1)
+
+
+def _weighted(weight: Tensor, folded: FoldedPages, part: Bundles, dtype: torch.dtype) -> Tensor:
+    """[bundles, kv_heads, group, U] float32 – sums of values with weights [..., C · F]."""
+    values, bits = folded.values, folded.bits
+    n, kv_heads, group, _ = weight.shape
+    wide, base = weight.unsqueeze(2), None
+    if folded.value_scale is not None and bits is not None:
+        # [bundles, C, kv_heads, value_groups, 2, F] to [bundles, kv_heads, value_groups, 2, C · F]
+        scale = folded.value_scale.index_select(0, part.pages)
+        scale = scale.view(n, part.n_pages, *scale.shape[1:]).permute(0, 2, 3, 4, 1, 5).flatten(4)
+        if len(part.partial):
+            # The scale of a hidden slot may be NaN, which a weight of zero does not silence.
+            seen = scale.index_select(0, part.partial)
+            seen.masked_fill_(part.hidden[:, None, None, None, :], 0)
+            scale = scale.contiguous().index_copy_(0, part.partial, seen)
+        step, low = (x.unsqueeze(3) for x in affine(scale, bits))
+        base = (wide * low).sum(dim=4, keepdim=True)
+        wide = wide * step
+    rows_of = wide.to(dtype).flatten(1, 2)
+    blocks = [
+        multiply_pages(
+            rows, _matrices(values[tile], part, dtype, bits).flatten(1, 2), transposed=False
+        )
+        for rows, tile in _with_tiles(rows_of, part)
+    ]
+    product = torch.cat(blocks)
+    if bits is None and bool(product.index_select(0, part.partial).isnan().any()):
+        # As in `sum_pages`: a weight of zero does not silence a NaN in a hidden slot.
+        pages = part.pages.view(n, -1).index_select(0, part.partial).flatten()
+        seen = _matrices(values[pages], part, dtype).flatten(1, 2)
+        seen.masked_fill_(part.hidden[:, None, :, None], 0)
+        redone = multiply_pages(rows_of.index_select(0, part.partial), seen, transposed=False)
+        product.index_copy_(0, part.partial, redone)
+    product = product.float().view(n, kv_heads, -1, group, values.shape[-1] * 8 // (bits or 8))
     if base is not None:
         product += base
     return product.transpose(2, 3).flatten(3)
 
 
-def _tiles(plan: DecodePlan, page_numbers: int) -> Iterator[slice | Tensor]:
-    """The pages of the plan's entries in their order, as many at a time as fit the cache."""
-    n = next(common_sizes(max(1, _TILE_NUMBERS // page_numbers)))
-    for page, length in plan.runs:
-        for begin in range(page, page + length, n):
-            yield slice(begin, min(begin + n, page + length))
-    for begin in range(0, len(plan.gathered), n):
-        yield plan.gathered[begin : begin + n]
+def _with_tiles(rows: Tensor, part: Bundles) -> Iterator[tuple[Tensor, slice | Tensor]]:
+    """Rows [bundles, ...] with the pages that they are multiplied with, tile by tile."""
+    at = 0
+    for tile in part.tiles:
+        n = (tile.stop - tile.start if isinstance(tile, slice) else len(tile)) // part.n_pages
+        yield rows[at : at + n], tile
+        at += n
+
+
+def _matrices(pages: Tensor, part: Bundles, dtype: torch.dtype, bits: int | None = None) -> Tensor:
+    """A copy of pages [n · C, kv_heads, ..., F, a] as numbers [n, kv_heads, ..., C · F, a]."""
+    bundled = pages.view(-1, part.n_pages, *pages.shape[1:]).movedim(1, -3)
+    if bits is not None:
+        return unpack(bundled, bits, dtype).flatten(-3, -2)
+    out = torch.empty(bundled.shape, dtype=dtype, device=pages.device)
+    return out.copy_(bundled).flatten(-3, -2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

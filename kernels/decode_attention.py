@@ -47,6 +47,9 @@ _MERGED = 16
 _ALL = 2**31 - 1
 
 
+Levels = tuple[tuple[Tensor, Tensor], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
     """Which pages a decode step reads for whom, and how their parts add up; built once per step.
@@ -74,7 +77,7 @@ class DecodePlan:
     partial: Tensor
     partial_pages: Tensor
     hidden: Tensor
-    levels: tuple[tuple[Tensor, Tensor], ...]
+    levels: Levels
     result: Tensor
 
 
@@ -132,7 +135,7 @@ def plan_decode(
     slots = np.arange(page_size)
     cut = order[partial]
     hidden = (slots < first[cut, None]) | (slots >= last[cut, None])
-    levels, result = _sum_levels(np.argsort(order), owner, ordinal)
+    levels, result = sum_levels(np.argsort(order), owner, ordinal)
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
@@ -166,7 +169,7 @@ def _order(page: np.ndarray, least: int) -> tuple[np.ndarray, tuple[tuple[int, i
     return np.concatenate((order[viewed], order[~viewed])), runs
 
 
-def _sum_levels(
+def sum_levels(
     row: np.ndarray, owner: np.ndarray, ordinal: np.ndarray
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
     """Pairwise sums over the pages of every sequence at once.
@@ -233,7 +236,7 @@ def sum_pages(
         redone = multiply_pages(weight.index_select(0, plan.partial), v, transposed=False)
         part.index_copy_(0, plan.partial, redone)
 
-    return add_up(torch.cat((part, mass), dim=-1), plan), highest
+    return add_up(torch.cat((part, mass), dim=-1), plan.levels, plan.result), highest
 
 
 def highest_of(peak: Tensor, plan: DecodePlan) -> Tensor:
@@ -244,13 +247,16 @@ def highest_of(peak: Tensor, plan: DecodePlan) -> Tensor:
     return highest.scatter_reduce_(0, owner, peak, "amax")
 
 
-def add_up(sums: Tensor, plan: DecodePlan) -> Tensor:
-    """Sum over each sequence's entries, in its own order: [entries, ...] → [sequences, ...]."""
-    for left, right in plan.levels:
+def add_up(sums: Tensor, levels: Levels, result: Tensor) -> Tensor:
+    """Sum over each sequence's entries, in its own order: [entries, ...] → [sequences, ...].
+
+    `levels` and `result` are those of a `DecodePlan`.
+    """
+    for left, right in levels:
         below = sums
         sums = below.index_select(0, left)
         sums[: len(right)] += below.index_select(0, right)
-    return sums.index_select(0, plan.result)
+    return sums.index_select(0, result)
 
 
 def _multiply(rows: Tensor, pool: Tensor, plan: DecodePlan, *, transposed: bool) -> Tensor:
