@@ -7,7 +7,7 @@ chunked prefill, prefix hits, preemption and abort need no special case.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -110,6 +110,22 @@ class KVCache(ABC):
     @abstractmethod
     def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
         """Bytes per token and per sequence; sizes the pools and admits requests."""
+
+    @classmethod
+    def prepared(
+        cls, spec: CacheSpec, config: Any, calibrate: Callable[[int], Any] | None = None
+    ) -> Any:
+        """The config with what the constructor must know of the model; again it is the same.
+
+        Where no file tells that, `calibrate` runs the model over text, for so many groups of heads;
+        it is None before there is a model. Raises `Refused` for files that do not fit.
+        """
+        return config
+
+    @classmethod
+    def seals(cls, config: Any) -> bool:
+        """Whether a prompt is there as it was computed until it is sealed, and not afterwards."""
+        return False
 
     @classmethod
     def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:

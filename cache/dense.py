@@ -20,6 +20,7 @@ from ..kernels.decode_attention import (
     plan_split,
 )
 from ..kernels.kv_write import rotate_and_write
+from ..kernels.paged import gather_tokens
 from ..kernels.prefill_attention import (
     PrefillPlan,
     TilePlan,
@@ -133,8 +134,8 @@ class DenseCache(KVCache):
 
     def attach(self, seq: Sequence) -> int:
         size = self._spec.page_size
-        assert not seq.pages, f"{seq.request.id} already holds pages"
-        for i in range((self.lookup_len(seq) - self.n_recomputed) // size):
+        assert not any(seq.pages), f"{seq.request.id} already holds pages"
+        for i in range(len(seq.pages), (self.lookup_len(seq) - self.n_recomputed) // size):
             page = self._index.find(*self._page(seq, i))
             if page is None:
                 break
@@ -145,14 +146,17 @@ class DenseCache(KVCache):
         return seq.n_computed
 
     def _page(self, seq: Sequence, i: int) -> tuple[bytes, list[int]]:
-        """Key and tokens of page i. The keys before it are known: pages are asked for in order."""
+        """Key and tokens of page i."""
         size = self._spec.page_size
-        tokens = seq.tokens[i * size : (i + 1) * size]
-        keys = seq.page_keys
-        if i == len(keys):
-            before = keys[-1] if keys else self._index.root(seq.generation, seq.request.salt)
-            keys.append(self._index.extend(before, tokens))
-        return keys[i], tokens
+        return self._key(seq, i + 1), seq.tokens[i * size : (i + 1) * size]
+
+    def _key(self, seq: Sequence, n_pages: int) -> bytes:
+        """Key of the prefix that fills so many pages."""
+        size, keys = self._spec.page_size, seq.page_keys
+        while len(keys) < n_pages:
+            tokens = seq.tokens[len(keys) * size : (len(keys) + 1) * size]
+            keys.append(self._index.extend(self._key(seq, len(keys)), tokens))
+        return keys[n_pages - 1] if n_pages else self._index.root(seq.generation, seq.request.salt)
 
     def reserve(self, seq: Sequence, n_tokens: int) -> bool:
         wanted = -(-(seq.n_computed + n_tokens) // self._spec.page_size) - len(seq.pages)
@@ -173,7 +177,9 @@ class DenseCache(KVCache):
             return
         n_full = n_tokens // self._spec.page_size
         for i in range(seq.n_published, n_full):
-            self._index.publish(*self._page(seq, i), seq.pages[i])
+            # Page 0 stands for one that has been let go.
+            if seq.pages[i]:
+                self._index.publish(*self._page(seq, i), seq.pages[i])
         seq.n_published = n_full
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
@@ -201,6 +207,22 @@ class DenseCache(KVCache):
         for page in pages[:n_full]:
             self._pool.share(page)
         return pages[:n_full] + own
+
+    def adopt(self, seq: Sequence, source: "DenseCache", theirs: Sequence) -> None:
+        """Take over what another cache of the same model holds for a prompt, in full pages.
+
+        `seq` is the same prompt, has room for what `theirs` has computed, and computed nothing.
+        """
+        n = theirs.n_computed
+        at = torch.arange(n)
+        page = torch.tensor(seq.pages)[at // self._spec.page_size].to(self._spec.device)
+        slot = (at % self._spec.page_size).to(self._spec.device)
+        their_pages = torch.tensor(theirs.pages, device=self._spec.device)
+        pools = zip((*self._keys, *self._values), (*source._keys, *source._values), strict=True)
+        for ours, other in pools:
+            ours[page, :, slot] = gather_tokens(other, their_pages, range(n)).transpose(0, 1)
+        seq.n_computed = n
+        self.commit(seq)
 
     def release(self, seq: Sequence) -> None:
         # Deepest first, so that of one prefix the rarer end is evicted before the shared start.
@@ -253,15 +275,13 @@ class DenseCache(KVCache):
         batch: Batch,
     ) -> torch.Tensor:
         assert isinstance(batch.plan, StepPlan), "the batch was not planned by this backend"
-        keys, values = self._keys[layer], self._values[layer]
-        window, scale = self._spec.windows[layer], self._spec.scale
         q = self._store(layer, q, k, v, batch)
         n, plan = batch.n_decode, batch.plan
         parts = []
         if n:
-            parts.append(self._decode(layer, q[:n], plan.decode[window], batch))
+            parts.append(self._decode(layer, q[:n], plan.decode[self._spec.windows[layer]], batch))
         if plan.prefill is not None:
-            parts.append(prefill_attention(q[n:], keys, values, plan.prefill, scale, window))
+            parts.append(self._prefill(layer, q[n:], plan.prefill))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _store(
@@ -274,6 +294,12 @@ class DenseCache(KVCache):
     def _decode(self, layer: int, q: torch.Tensor, plan: Any, batch: Batch) -> torch.Tensor:
         """Attention of the sequences that compute one token, `q` [n_decode, heads, head_dim]."""
         return decode_attention(q, self._keys[layer], self._values[layer], plan, self._spec.scale)
+
+    def _prefill(self, layer: int, q: torch.Tensor, plan: Any) -> torch.Tensor:
+        """Attention of the others, `q` [tokens, heads, head_dim]."""
+        keys, values = self._keys[layer], self._values[layer]
+        window = self._spec.windows[layer]
+        return prefill_attention(q, keys, values, plan, self._spec.scale, window)
 
     # Proof and metrics.
 

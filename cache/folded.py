@@ -21,10 +21,10 @@ What this does not do: save memory while a prompt is being computed. Lossless se
 which nothing folds. State per sequence: its page lists, on the host.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -46,7 +46,8 @@ BITS = {"auto": None, "fp8": None, "int8": 8, "int4": 4}
 # few levels bear less of a spread.
 _KEY_GROUP = {8: 128, 4: 64}
 _VALUE_GROUP = {8: 256, 4: 64}
-_SCALE_BYTES = 2 * torch.float16.itemsize
+SCALE_BYTES = 2 * torch.float16.itemsize
+"""Of a group of codes: its scale and its minimum."""
 # Tokens times layers that are folded at a time: on a CPU what is read and rewritten then stays in
 # its caches, on a device few kernels are launched and their buffers are smaller than a step's.
 _FOLDED_TOKENS = {"cpu": 1024, "cuda": 4096}
@@ -122,50 +123,50 @@ class Fold:
 
         `stored` is a `--kv-cache-dtype`.
         """
-        room = _head_bytes(spec)
-        widths = {"n_channels": n_channels, "n_value_channels": n_value_channels}
+        bits, dtype = BITS[stored], stored_dtype(spec, stored)
         n_numbers = n_channels + n_value_channels
-        bits = BITS[stored]
         if bits is None:
-            dtype = torch.float8_e4m3fn if stored == "fp8" else spec.dtype
-            n_tokens = room // (n_numbers * dtype.itemsize)
-            # Groups as small as can be, if each is to set a full page free.
-            n = max(1, n_tokens // spec.page_size)
-            return Fold(
-                bits=None,
-                dtype=dtype,
-                **widths,
-                key_groups=n,
-                group_tokens=n_tokens // n,
-                value_groups=1,
-            )
-        value_groups = -(-n_value_channels // _VALUE_GROUP[bits])
-        if n_value_channels % (2 * value_groups):
-            value_groups = 1
-        token_bytes = n_numbers * bits // 8 + value_groups * _SCALE_BYTES
-        group_bytes = n_channels * _SCALE_BYTES
-        forms = [
-            Fold(
-                bits=bits,
-                dtype=torch.int8,
-                **widths,
-                key_groups=n,
-                group_tokens=min(_KEY_GROUP[bits], (room // n - group_bytes) // token_bytes),
-                value_groups=value_groups,
-            )
-            for n in range(1, room // (group_bytes + token_bytes) + 1)
-        ]
-        return max(forms, key=lambda form: form.n_tokens)
+            # As small as can be, if each group is to set a full page free.
+            sizes = range(spec.page_size, 2 * spec.page_size)
+            value_groups, token_bytes, group_bytes = 1, n_numbers * dtype.itemsize, 0
+        else:
+            sizes = range(_KEY_GROUP[bits], 0, -1)
+            value_groups = -(-n_value_channels // _VALUE_GROUP[bits])
+            if n_value_channels % (2 * value_groups):
+                value_groups = 1
+            token_bytes = n_numbers * bits // 8 + value_groups * SCALE_BYTES
+            group_bytes = n_channels * SCALE_BYTES
+        key_groups, group_tokens = densest(
+            _head_bytes(spec), lambda n: n * token_bytes + group_bytes, sizes
+        )
+        return Fold(
+            bits=bits,
+            dtype=dtype,
+            n_channels=n_channels,
+            n_value_channels=n_value_channels,
+            key_groups=key_groups,
+            group_tokens=group_tokens,
+            value_groups=value_groups,
+        )
 
-    def carve(self, spec: CacheSpec, blocks: torch.Tensor) -> FoldedPages:
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a folded page for one layer and KV head."""
+        numbers = self.n_tokens * (self.n_channels + self.n_value_channels)
+        if self.bits is None:
+            return numbers * self.dtype.itemsize
+        n_scales = self.key_groups * self.n_channels + self.value_groups * self.n_tokens
+        return numbers * self.bits // 8 + n_scales * SCALE_BYTES
+
+    def carve(self, blocks: torch.Tensor, kv_heads: int) -> FoldedPages:
         """Views of blocks [n, bytes] of one layer as folded pages."""
         at = 0
 
         # What all heads have of one kind is contiguous: it is copied as a whole before products.
         def take(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             nonlocal at
-            begin, at = at, at + spec.n_kv_heads * prod(shape) * dtype.itemsize
-            return blocks[:, begin:at].view(dtype).view(len(blocks), spec.n_kv_heads, *shape)
+            begin, at = at, at + kv_heads * prod(shape) * dtype.itemsize
+            return blocks[:, begin:at].view(dtype).view(len(blocks), kv_heads, *shape)
 
         bits = self.bits
         packed = 8 // (bits or 8)
@@ -184,9 +185,48 @@ class Fold:
         )
 
 
+def stored_dtype(spec: CacheSpec, stored: str) -> torch.dtype:
+    """Of what folded pages hold, by `--kv-cache-dtype`."""
+    if BITS[stored] is not None:
+        return torch.int8
+    return torch.float8_e4m3fn if stored == "fp8" else spec.dtype
+
+
+def densest(room: int, group_bytes: Callable[[int], int], sizes: Iterable[int]) -> tuple[int, int]:
+    """How many groups, and of how many tokens, hold the most in `room` bytes.
+
+    `group_bytes` is what a group of some tokens takes; of equally good `sizes` the first is taken.
+    """
+    return max(((room // group_bytes(n), n) for n in sizes), key=prod)
+
+
 def _head_bytes(spec: CacheSpec) -> int:
     """Bytes of a block for one layer and KV head."""
     return 2 * spec.page_size * spec.head_dim * spec.dtype.itemsize
+
+
+Geometry = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Folded pages and tokens in them, full pages, and contexts, of the decode part; on the device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Tokens that fold, n groups of them, and where: int64, on the device."""
+
+    positions: torch.Tensor
+    """[n, group_tokens] – places in the sequence."""
+    page: torch.Tensor
+    """[n, group_tokens] – the full page of each token."""
+    slot: torch.Tensor
+    """[n, group_tokens] – its place in that page."""
+    to_page: torch.Tensor
+    """[n] – the folded page of each group."""
+    to_group: torch.Tensor
+    """[n] – its place among the groups of that page."""
+
+    def at(self, which: torch.Tensor) -> "Groups":
+        """Some of them, by `which` [m] int64."""
+        return Groups(**{f.name: getattr(self, f.name)[which] for f in fields(self)})
 
 
 class FoldedCache(DenseCache):
@@ -210,8 +250,10 @@ class FoldedCache(DenseCache):
         n_bytes = spec.n_kv_heads * _head_bytes(spec)
         # All layers in one, so that one call folds in all: they follow each other, page by page.
         blocks = pool_zeros((spec.n_layers * n_pages, n_bytes), torch.uint8, spec.device)
-        self._all_folded = self._fold.carve(spec, blocks)
-        self._folded = [self._fold.carve(spec, layer) for layer in torch.split(blocks, n_pages)]
+        self._all_folded = self._fold.carve(blocks, spec.n_kv_heads)
+        self._folded = [
+            self._fold.carve(layer, spec.n_kv_heads) for layer in torch.split(blocks, n_pages)
+        ]
         # The heads of all pages are equally far apart, so that they are one batch of matrices.
         self._all_full = blocks.view(spec.dtype).view(
             len(blocks), spec.n_kv_heads, 2, spec.page_size, spec.head_dim
@@ -235,6 +277,10 @@ class FoldedCache(DenseCache):
         return Footprint(
             bytes_per_token=folded, transient_bytes_per_token=dense - folded, spare_pages=1
         )
+
+    @classmethod
+    def seals(cls, config: Any) -> bool:
+        return True
 
     @classmethod
     def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
@@ -266,11 +312,15 @@ class FoldedCache(DenseCache):
     # Pages.
 
     def lookup_len(self, seq: Sequence) -> int:
-        # What was generated read folded pages: it is not what a prompt of the same tokens computes.
-        return min(super().lookup_len(seq), seq.n_prompt)
+        return min(super().lookup_len(seq), self._n_shared(seq))
 
     def commit(self, seq: Sequence) -> None:
-        self._publish(seq, min(seq.n_computed, seq.n_prompt))
+        self._publish(seq, min(seq.n_computed, self._n_shared(seq)))
+
+    def _n_shared(self, seq: Sequence) -> int:
+        """Leading tokens that others may hit."""
+        # What was generated read folded pages: it is not what a prompt of the same tokens computes.
+        return seq.n_prompt
 
     def reserve(self, seq: Sequence, n_tokens: int) -> bool:
         # Tokens that did fold before a block was missing stay folded: nobody can tell.
@@ -296,23 +346,21 @@ class FoldedCache(DenseCache):
         self._give_back_folded(seq)
 
     def _give_back_folded(self, seq: Sequence) -> None:
-        for page in seq.folded:
-            self._pool.give_back(page, keep=False)
+        for page in reversed(seq.folded):
+            self._pool.give_back(page, keep=self._index.holds(page))
         seq.folded, seq.n_folded = [], 0
+
+    def _is_whole(self, seq: Sequence) -> bool:
+        """Whether all tokens stay in full pages for now: who computes several reads no others."""
+        return seq.n_computed < seq.n_prompt or seq.n_uncomputed > 1
 
     def _n_foldable(self, seq: Sequence) -> int:
         """Leading tokens that may fold."""
         return seq.n_computed - self._config.recent
 
     def _fold_due(self, seq: Sequence) -> bool:
-        """Fold what is due; False when a block is missing.
-
-        A sequence that has more than one token to compute is dense: those read full pages only.
-        A shadow stays dense.
-        """
-        if not self._folds or seq.original is not None:
-            return True
-        if seq.n_computed < seq.n_prompt or seq.n_uncomputed > 1:
+        """Fold what is due; False when a block is missing. A shadow stays dense."""
+        if not self._folds or seq.original is not None or self._is_whole(seq):
             return True
         due = self._fold.n_due(self._n_foldable(seq), self._spec.page_size)
         size = self._fold.n_tokens
@@ -334,30 +382,44 @@ class FoldedCache(DenseCache):
         spec, fold = self._spec, self._fold
         tokens = np.arange(seq.n_folded, end).reshape(-1, fold.group_tokens)
         groups = tokens[:, 0] // fold.group_tokens
-        page, slot, to_page, to_group = (
-            torch.from_numpy(x).to(spec.device, non_blocking=True)
-            for x in (
-                np.array(seq.pages)[tokens // spec.page_size],
-                tokens % spec.page_size,
-                np.array(seq.folded)[groups // fold.key_groups],
-                groups % fold.key_groups,
-            )
+
+        def put(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x).to(spec.device, non_blocking=True)
+
+        moved = Groups(
+            positions=put(tokens),
+            page=put(np.array(seq.pages)[tokens // spec.page_size]),
+            slot=put(tokens % spec.page_size),
+            to_page=put(np.array(seq.folded)[groups // fold.key_groups]),
+            to_group=put(groups % fold.key_groups),
         )
-        # The same of each layer, one after the other.
-        layer = torch.arange(spec.n_layers, device=spec.device).repeat_interleave(len(groups))
-        at = torch.arange(len(groups), device=spec.device).repeat(spec.n_layers)
-        n = max(1, _FOLDED_TOKENS[spec.device.type] // fold.group_tokens)
-        for layers, here in zip(torch.split(layer, n), torch.split(at, n), strict=True):
-            first = layers * self._pool.n_pages
-            # [groups, group_tokens, kv_heads, 2, head_dim]
-            whole = self._all_full[page[here] + first[:, None], :, :, slot[here]]
-            k, v = self._stored_channels(seq, layers, *whole.transpose(1, 2).unbind(3))
-            write_folded(k, v, to_page[here] + first, to_group[here], self._all_folded)
+        self._move(seq, moved)
         # Deepest first, as when a sequence ends.
         for i in reversed(range(seq.n_folded // spec.page_size, end // spec.page_size)):
             self._pool.give_back(seq.pages[i], keep=self._index.holds(seq.pages[i]))
             seq.pages[i] = 0
         seq.n_folded = end
+
+    def _move(self, seq: Sequence, groups: Groups) -> None:
+        """Write folded pages from full ones."""
+        n_groups, n_layers, device = len(groups.to_page), self._spec.n_layers, self._spec.device
+        # The same of each layer, one after the other.
+        layer = torch.arange(n_layers, device=device).repeat_interleave(n_groups)
+        at = torch.arange(n_groups, device=device).repeat(n_layers)
+        n = self._n_moved
+        for layers, here in zip(torch.split(layer, n), torch.split(at, n), strict=True):
+            first = layers * self._pool.n_pages
+            # [groups, group_tokens, kv_heads, 2, head_dim]
+            pages = groups.page[here] + first[:, None]
+            whole = self._all_full[pages, :, :, groups.slot[here]]
+            k, v = self._stored_channels(seq, layers, *whole.transpose(1, 2).unbind(3))
+            to_page = groups.to_page[here] + first
+            write_folded(k, v, to_page, groups.to_group[here], self._all_folded)
+
+    @property
+    def _n_moved(self) -> int:
+        """Groups times layers that are folded at a time."""
+        return max(1, _FOLDED_TOKENS[self._spec.device.type] // self._fold.group_tokens)
 
     def _begin_folding(self, seq: Sequence) -> None:
         """A sequence's first tokens are about to fold; all of them are in full pages."""
@@ -382,17 +444,14 @@ class FoldedCache(DenseCache):
             return super()._plan_decode(batch, window)
         spec, n, tables = self._spec, batch.n_decode, batch.tables
         if tables is not None:
-            return plan_channel_split(
+            geometry = (
                 tables.folded_table[:n],
                 tables.folded_len[:n],
                 tables.page_table[:n],
                 tables.context_len[:n],
-                self._folded[0],
-                self._keys[0],
-                spec.n_heads,
-                window,
             )
-        return plan_channels(
+            return self._split(geometry, window)
+        return self._lay_out(
             batch.folded_table[:n],
             batch.folded_len[:n],
             batch.page_table[:n],
@@ -403,6 +462,13 @@ class FoldedCache(DenseCache):
             spec.device,
             token_bytes=spec.n_kv_heads * spec.head_dim * spec.dtype.itemsize,
         )
+
+    _lay_out: ClassVar[Callable[..., Any]] = staticmethod(plan_channels)
+
+    def _split(self, geometry: Geometry, window: int | None) -> Any:
+        """What `_lay_out` does, on the device."""
+        n_heads = self._spec.n_heads
+        return plan_channel_split(*geometry, self._folded[0], self._keys[0], n_heads, window)
 
     def _plan_prefill(self, batch: Batch) -> PrefillPlan | TilePlan:
         assert not any(batch.folded_len[batch.n_decode :]), "a prompt reads folded pages"
@@ -447,9 +513,11 @@ class FoldedCache(DenseCache):
             },
             tokens=n_tokens,
             full_bytes=n_tokens * self._page_bytes // spec.page_size,
-            kept={
-                "keys": fold.n_channels / spec.head_dim,
-                "values": fold.n_value_channels / spec.head_dim,
-            },
+            kept=self._kept_shares(),
             usage=pool.n_held / max(1, pool.n_pages - 1),
         )
+
+    def _kept_shares(self) -> dict[str, float]:
+        """Share of the numbers of keys and of values that folded pages keep."""
+        fold, d = self._fold, self._spec.head_dim
+        return {"keys": fold.n_channels / d, "values": fold.n_value_channels / d}

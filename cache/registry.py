@@ -4,7 +4,11 @@ from ..core.errors import Refused
 from ..core.registry import resolve
 from .base import KVCache
 
-BACKENDS = {"dense": ".dense:DenseCache", "think": ".think:ThinkCache"}
+BACKENDS = {
+    "dense": ".dense:DenseCache",
+    "think": ".think:ThinkCache",
+    "cskv": ".cskv:CSKVCache",
+}
 # Dense as such stores numbers as the model makes them; in fewer bits it is pages that fold.
 _STORED = {("dense", dtype): ".folded:FoldedCache" for dtype in ("fp8", "int8", "int4")}
 

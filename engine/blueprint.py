@@ -41,11 +41,12 @@ class Blueprint:
         kind = backend(config.cache.kind, config.cache.dtype)
         stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
         options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
-        if config.cache.probe and kind.seal is KVCache.seal:
+        if config.cache.probe and not kind.seals(options):
             raise Refused(
                 f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
-                f"{config.cache.dtype} keeps keys and values as they are, so that there is nothing "
-                "to measure; choose a --kv-cache that folds them, or leave --kv-probe out",
+                f"{config.cache.dtype} never has a prompt both as it was computed and compressed, "
+                "so that there is nothing to measure; choose one that compresses complete prompts, "
+                "or leave --kv-probe out",
                 param="kv-probe",
             )
         path = locate(config.model.path or str(model_dir()), config.model.revision)
@@ -66,7 +67,7 @@ class Blueprint:
             architecture=architecture,
             hardware=hardware,
             kind=kind,
-            options=options,
+            options=kind.prepared(spec, options),
             spec=spec,
         )
 

@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Rows
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
 from tqdm import tqdm
 
+from ..cache.dense import DenseCache
 from ..core import faults
 from ..core.config import Config
 from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
@@ -25,6 +27,7 @@ from ..core.report import EngineInfo, EngineStats, ProbeStats
 from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..models.loader import load
 from .blueprint import Blueprint
+from .calibrate import calibrate_briefly
 from .device import open_device
 from .graphs import Graphs, recorded_sizes
 from .loop import error_output
@@ -62,6 +65,9 @@ class Engine:
                 bar.update(n_done - bar.n)
 
             model = load(blueprint.path, spec.dtype, spec.device, spec.max_len, show)
+        tokenizer = config.model.tokenizer
+        calibrate = partial(calibrate_briefly, model, blueprint.path, tokenizer, spec, device)
+        options = kind.prepared(spec, options, calibrate)
         footprint = blueprint.footprint
         records = kind.graphable and not (device.is_host or config.model.eager)
         budget = find_budget(config, hardware, model, kind, options, spec, device, records=records)
@@ -107,6 +113,21 @@ class Engine:
         self._n_requests = 0
         self._n_steps = self._prompt_tokens = self._generated_tokens = 0
         self._step_tokens, self._step_s = 0, 0.0
+
+    def adopt(self, request: Request, source: "Engine") -> None:
+        """Have the prompt's prefix in this pool as `source` has it in its own, for prefix hits.
+
+        Both serve one model in one dtype from caches that compute prompts exactly. Nothing may be
+        running here. Does nothing where there is no room, or nothing to be had.
+        """
+        ours, theirs = (Sequence(request, tokens=list(request.prompt)) for _ in range(2))
+        cache, other = self._cache, source._cache
+        assert isinstance(cache, DenseCache), "a cache without full pages has nowhere to put them"
+        assert isinstance(other, DenseCache), "a cache without full pages has none to give"
+        if other.attach(theirs) and cache.reserve(ours, theirs.n_computed):
+            cache.adopt(ours, other, theirs)
+        cache.release(ours)
+        other.release(theirs)
 
     @property
     def has_work(self) -> bool:

@@ -7,6 +7,9 @@ others are compared with it document by document, and where both say the same, i
 log-probability that they give to it. Bytes are those that the allocator has handed out when the
 prompt is sealed and its first token drawn.
 
+Whatever the setting, prompts are computed exactly. One more engine does that once and hands its
+keys and values to the others, as the prefix that they hit.
+
 On a CPU each worker is a process of one thread. Two of them are worth more than one of two threads,
 which wait for each other all the time, and for anybody else who takes a core.
 """
@@ -19,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import repeat
 from multiprocessing import get_context
@@ -84,6 +87,7 @@ class Answer:
     planned_bytes_per_token: int
     """What the allocator's own arithmetic says of a long sequence."""
     seconds: float
+    """From its prefix hit on."""
 
 
 class Exam:
@@ -92,21 +96,8 @@ class Exam:
     def __init__(self, plan: Plan) -> None:
         self._length_tokens = plan.length_tokens
         self._text = Text.load(plan.model)
-        self._engines = {
-            words: Engine(
-                Config(
-                    model=ModelSettings(
-                        path=plan.model,
-                        device=plan.device,
-                        dtype=plan.dtype,
-                        max_len=plan.length_tokens + _AROUND_TOKENS,
-                    ),
-                    cache=cache_settings(words, memory_bytes=plan.memory_bytes, prefix=False),
-                    scheduler=SchedulerSettings(max_sequences=1),
-                )
-            )
-            for words in plan.settings
-        }
+        self._reader = _engine(plan, "dense")
+        self._engines = {words: _engine(plan, words) for words in plan.settings}
 
     def ask(self, kind: Kind, seed: int) -> list[Answer]:
         """Every setting's answer to the question of one document."""
@@ -124,7 +115,11 @@ class Exam:
             ),
         )
         answers = []
+        self._reader.add(replace(request, sampling=replace(request.sampling, max_tokens=1)))
+        while self._reader.has_work:
+            self._reader.step()
         for setting, engine in self._engines.items():
+            engine.adopt(request, self._reader)
             started = time.monotonic()
             engine.add(request)
             outputs = engine.step()
@@ -149,6 +144,21 @@ class Exam:
                 )
             )
         return answers
+
+
+def _engine(plan: Plan, words: str) -> Engine:
+    return Engine(
+        Config(
+            model=ModelSettings(
+                path=plan.model,
+                device=plan.device,
+                dtype=plan.dtype,
+                max_len=plan.length_tokens + _AROUND_TOKENS,
+            ),
+            cache=cache_settings(words, memory_bytes=plan.memory_bytes),
+            scheduler=SchedulerSettings(max_sequences=1),
+        )
+    )
 
 
 @cache

@@ -36,6 +36,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+calibrate = typer.Typer(
+    help="Find out, once, what a backend wants to know of a model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(calibrate, name="calibrate")
 
 
 def main() -> None:
@@ -110,12 +116,13 @@ def flag(setting: str, *spellings: str, **more: Any) -> Any:
     )
 
 
-# What `serve` and `plan` both take.
+# What more than one verb takes.
 ModelPath = Annotated[
     str | None,
     typer.Argument(metavar="[MODEL]", help="Directory or hub id; default is the demo model."),
 ]
 Revision = Annotated[str | None, flag("model.revision", "--revision")]
+Tokenizer = Annotated[str | None, flag("model.tokenizer", "--tokenizer")]
 Dtype = Annotated[str | None, flag("model.dtype", "--dtype")]
 Device = Annotated[str | None, flag("model.device", "--device")]
 MaxLen = Annotated[int | None, flag("model.max_len", "--max-model-len", parser=count)]
@@ -151,7 +158,7 @@ def serve(
         list[str] | None, flag("model.served_names", "--served-model-name")
     ] = None,
     model_revision: Revision = None,
-    model_tokenizer: Annotated[str | None, flag("model.tokenizer", "--tokenizer")] = None,
+    model_tokenizer: Tokenizer = None,
     model_chat_template: Annotated[
         str | None, flag("model.chat_template", "--chat-template")
     ] = None,
@@ -264,6 +271,61 @@ def plan(
 
         given, _ = _given(ctx)
         show(Config.from_dict(_sections(given)), tokens or (), as_json=as_json)
+
+
+@calibrate.command("cskv")
+def calibrate_cskv(
+    out: Annotated[Path, typer.Option(help="Directory to write the bases to.")],
+    model_path: ModelPath = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of text, several times for several; default is built-in text."),
+    ] = None,
+    n_tokens: Annotated[
+        int | None, typer.Option(parser=count, help="Tokens to calibrate on; default is 64K.")
+    ] = None,
+    longest: Annotated[
+        int | None, typer.Option(parser=count, help="Tokens of a sample, at most; default is 8K.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Largest share that serving may keep; default is 0.5.")
+    ] = None,
+    key_metric: Annotated[
+        str | None, typer.Option(help="What an error in keys costs: plain or queries.")
+    ] = None,
+    value_metric: Annotated[
+        str | None, typer.Option(help="What an error in values costs: plain or output.")
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Of heads with latents of their own, as serving has them.")
+    ] = None,
+    model_revision: Revision = None,
+    model_dtype: Dtype = None,
+    model_device: Device = None,
+    model_tokenizer: Tokenizer = None,
+) -> None:
+    """Run MODEL over text, and write the bases for `--kv-cache cskv`."""
+    with _refusals():
+        from ..engine.calibrate import calibrate_cskv as run
+
+        given = {
+            "data": data,
+            "n_tokens": n_tokens,
+            "longest": longest,
+            "keep": keep,
+            "key_metric": key_metric,
+            "value_metric": value_metric,
+            "groups": groups,
+            "device": model_device,
+            "dtype": model_dtype,
+            "revision": model_revision,
+            "tokenizer": model_tokenizer,
+        }
+        stated: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        found = run(model_path or "", out, **stated)
+    typer.echo(f"{found.n_tokens:,} tokens seen; components of keys and values, layer by layer:")
+    typer.echo(" ".join(f"{keys.rank}+{values.rank}" for keys, values in found.layers))
+    typer.echo(f"serve with: --kv-cache cskv --kv-cache-config.artifact {out}")
 
 
 @contextmanager

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from kvfold.cache.base import CacheSpec, KVCache
+from kvfold.cache.base import AttentionWeights, CacheSpec, KVCache
+from kvfold.cache.calibrate import Recorder
+from kvfold.cache.cskv_basis import Calibration
 from kvfold.cache.registry import backend
 from kvfold.core.batch import Batch
 from kvfold.core.sequence import Request, SamplingParams, Sequence
@@ -70,6 +72,12 @@ class Table:
         return Table(q, k, normal(VOCAB, spec.n_layers, kv_heads, d))
 
 
+def sequence(prompt: Iterable[int], name: str = "", **fields: Any) -> Sequence:
+    """One that wants nothing but its prompt computed."""
+    request = Request(id=name, prompt=tuple(prompt), sampling=SamplingParams(max_tokens=0))
+    return Sequence(request, tokens=list(request.prompt), **fields)
+
+
 class Lab:
     """Drives a cache as the engine does, one operation at a time."""
 
@@ -78,22 +86,44 @@ class Lab:
     ) -> None:
         found = backend(kind, dtype)
         stored = {} if dtype == "auto" else {"dtype": dtype}
-        self.config = found.parse({**stored, **options})
         self.spec = spec
         self.rotary = rotary(spec)
         self.table = Table.of(spec)
+        self.config: Any = found.prepared(spec, found.parse({**stored, **options}), self.calibrate)
         self.cache: KVCache = found(spec, self.rotary, self.config, n_pages)
         self.live: list[Sequence] = []
         model: Any = self._attend
         self._runner = Runner(model, self.cache, spec.page_size, Device(spec.device))
         self._outputs: list[torch.Tensor] = []
 
+    def calibrate(self, groups: int = 1) -> Calibration:
+        """All components of what the table makes of one text."""
+        recorder = Recorder(self.spec, self.rotary, 512)
+        model: Any = self._attend
+        generator = torch.Generator().manual_seed(6)
+        # A value counts as it is.
+        eye = torch.eye(self.spec.n_heads * self.spec.head_dim)
+        for layer in range(self.spec.n_layers):
+            recorder.bind(layer, AttentionWeights(k=eye, v=eye, o=eye))
+        seq = sequence(torch.randint(0, VOCAB, (512,), generator=generator).tolist())
+        recorder.reserve(seq, 512)
+        seq.n_planned = 512
+        Runner(model, recorder, self.spec.page_size, Device(self.spec.device)).launch([seq])
+        return Calibration(
+            identity=self.spec.identity,
+            key_metric="plain",
+            value_metric="output",
+            n_tokens=512,
+            groups=groups,
+            layers=tuple(
+                recorder.bases(layer, "plain", "output", groups)
+                for layer in range(self.spec.n_layers)
+            ),
+        )
+
     def add(self, prompt: Iterable[int], **fields: Any) -> Sequence:
         """A sequence that holds nothing but what `attach` finds."""
-        request = Request(
-            id=str(len(self.live)), prompt=tuple(prompt), sampling=SamplingParams(max_tokens=0)
-        )
-        seq = Sequence(request, tokens=list(request.prompt), **fields)
+        seq = sequence(prompt, str(len(self.live)), **fields)
         self.live.append(seq)
         self.cache.attach(seq)
         return seq

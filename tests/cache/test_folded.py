@@ -40,7 +40,7 @@ def test_a_folded_page_fills_its_block_and_no_more(
     fold = Fold.fit(spec, n_channels, spec.head_dim, stored)
     block_bytes = 2 * 64 * head_dim * dtype.itemsize * spec.n_kv_heads
     blocks = torch.zeros(5, block_bytes, dtype=torch.uint8)
-    pages = fold.carve(spec, blocks)
+    pages = fold.carve(blocks, spec.n_kv_heads)
     assert pages.n_tokens == fold.n_tokens >= 64
     assert pages.n_channels == n_channels
     assert pages.n_value_channels == head_dim

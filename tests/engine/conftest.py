@@ -10,7 +10,11 @@ import torch
 from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSettings
 from kvfold.core.sequence import Output, Request, SamplingParams
 from kvfold.engine import engine
+from kvfold.engine.blueprint import Blueprint
+from kvfold.engine.calibrate import calibrate
+from kvfold.engine.device import Device
 from kvfold.engine.engine import Engine
+from kvfold.models.loader import load
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +26,19 @@ def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
 def wide_checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
     """With heads wide enough to lose channels."""
     return tiny_llama(32)
+
+
+@pytest.fixture(scope="session")
+def artifact(wide_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What CSKV wants to know of the wide checkpoint."""
+    folder = tmp_path_factory.mktemp("artifact")
+    settings = ModelSettings(path=str(wide_checkpoint), device="cpu", dtype="float32")
+    spec = Blueprint.of(Config(model=settings)).spec
+    model = load(wide_checkpoint, spec.dtype, spec.device, spec.max_len)
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(3, 97, (400,), generator=generator).tolist() for _ in range(3)]
+    calibrate(model, samples, spec, Device(spec.device), n_tokens=1200).write(folder)
+    return folder
 
 
 class Driver:
@@ -60,10 +77,11 @@ Make = Callable[..., Driver]
 
 
 @pytest.fixture
-def engine_of(checkpoint: Path, wide_checkpoint: Path) -> Make:
+def engine_of(checkpoint: Path, wide_checkpoint: Path, artifact: Path) -> Make:
     """Build an engine; keyword arguments beyond those named are scheduler settings.
 
-    `cache` are further settings of the cache, which then gets the wide checkpoint.
+    `cache` are further settings of the cache, which then gets the wide checkpoint, and CSKV the
+    artifact for it.
     """
 
     def make(
@@ -77,6 +95,8 @@ def engine_of(checkpoint: Path, wide_checkpoint: Path) -> Make:
         **settings: Any,
     ) -> Driver:
         head_dim, path = (16, checkpoint) if cache is None else (32, wide_checkpoint)
+        if cache and cache["kind"] in ("cskv", "table_cache:TableCSKV"):
+            cache = {**cache, "options": {"artifact": str(artifact), **cache.get("options", {})}}
         bytes_per_page = 2 * 2 * 2 * head_dim * 4 * (page_size or 64)
         config = Config(
             model=ModelSettings(

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 from kvfold.cache.base import KVCache
+from kvfold.cache.cskv import CSKVCache
 from kvfold.cache.dense import DenseCache
 from kvfold.cache.folded import FoldedCache
 from kvfold.cache.think import ThinkCache
@@ -39,6 +40,10 @@ class TableFolded(Believing, FoldedCache):
 
 class TableThink(Believing, ThinkCache):
     """Fewer channels."""
+
+
+class TableCSKV(Believing, CSKVCache):
+    """Latents."""
 
 
 def _from_tables(batch: Batch) -> Batch:

@@ -96,6 +96,8 @@ FOLDING = [
     {"kind": "think", "options": {"recent": 0}},
     {"kind": "think", "dtype": "int4"},
     {"kind": "dense", "dtype": "int8"},
+    {"kind": "cskv", "options": {"keep": 0.5}},
+    {"kind": "cskv", "dtype": "int4", "options": {"mode": "selective", "budget": 256}},
 ]
 
 

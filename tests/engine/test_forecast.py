@@ -19,6 +19,8 @@ CASES = [
     {"kind": "think", "dtype": "int8", "options": {"recent": 0, "prune_ratio": 0.25}},
     {"kind": "think", "dtype": "int4", "options": {"value_prune_ratio": 0.5}},
     {"kind": "dense", "dtype": "int4"},
+    {"kind": "cskv", "options": {"keep": 0.5}},
+    {"kind": "cskv", "options": {"mode": "selective", "chunk": 16}},
 ]
 backends = pytest.mark.parametrize("cache", CASES, ids=lambda c: "-".join(map(str, c.values())))
 

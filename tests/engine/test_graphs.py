@@ -43,6 +43,8 @@ FOLDING = [
     {"kind": "think", "options": {"recent": 0}},
     {"kind": "think", "dtype": "int8", "options": {"recent": 8, "value_prune_ratio": 0.5}},
     {"kind": "dense", "dtype": "int4", "options": {"recent": 0}},
+    {"kind": "cskv", "options": {"recent": 0, "keep": 0.5, "exact_prefill": False}},
+    {"kind": "cskv", "dtype": "int8", "options": {"recent": 0, "mode": "selective", "budget": 16}},
 ]
 
 
@@ -52,7 +54,7 @@ def test_a_replayed_step_says_what_a_launched_one_says(
     far_engine_of: Callable, replayed: list[int], cache: dict[str, Any] | None, overlaps: bool
 ):
     if cache is not None:
-        kind = {"think": "TableThink", "dense": "TableFolded"}[cache["kind"]]
+        kind = {"think": "TableThink", "dense": "TableFolded", "cskv": "TableCSKV"}[cache["kind"]]
         cache = {**cache, "kind": f"table_cache:{kind}"}
 
     def texts(eager: bool) -> list[list]:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from kvfold.core.errors import Refused
 from kvfold.core.faults import InjectedFault, arm
+from kvfold.core.sequence import Request, SamplingParams
 
 CASES = [
     {"kind": "think"},
     {"kind": "think", "dtype": "int8", "options": {"recent": 0}},
     {"kind": "think", "dtype": "int4", "options": {"prune_generated": False}},
     {"kind": "dense", "dtype": "int8"},
+    {"kind": "cskv"},
+    {"kind": "cskv", "dtype": "int4", "options": {"recent": 0}},
+    {"kind": "cskv", "dtype": "int8", "options": {"mode": "selective", "budget": 32}},
 ]
 folding = pytest.mark.parametrize("cache", CASES, ids=lambda c: "-".join(map(str, c.values())))
 NOTHING = {"full": 0, "folded": 0}
@@ -47,6 +51,30 @@ def test_a_request_does_not_notice_strangers_chunks_hits_or_forks(
     assert len({tuple(tokens) for tokens in want}) == 4
     assert answer(driver) == want
     assert answer(driver, max_tokens=33, max_sequences=4) == want
+
+
+@folding
+def test_a_prompt_that_another_engine_computed_is_hit_like_ones_own(
+    engine_of: Callable, cache: dict[str, Any]
+):
+    own = engine_of(cache=cache)
+    for name in ("first", "hit"):
+        own.add(name, prompt(150), max_tokens=30)
+        own.run()
+    reader = engine_of(cache={"kind": "dense"}, page_size=64)
+    reader.add("read", prompt(150), max_tokens=1)
+    reader.run()
+    told = engine_of(cache=cache)
+    told.engine.adopt(
+        Request(id="hit", prompt=tuple(prompt(150)), sampling=SamplingParams(max_tokens=1)),
+        reader.engine,
+    )
+    told.engine.check()
+    told.add("hit", prompt(150), max_tokens=30)
+    told.run()
+    assert told.tokens("hit") == own.tokens("hit")
+    assert told.engine.stats().prefix_hits >= 112
+    assert told.engine.stats().kv_bytes == NOTHING
 
 
 def test_a_step_that_is_done_again_changes_no_text(driver: Callable):

@@ -225,6 +225,27 @@ def test_api_process_and_command_line_stay_light() -> None:
     assert done.stdout.strip() == "[] []"
 
 
+def test_calibrate_writes_what_serving_reads(tmp_path: Path):
+    small = ["--n-tokens", "1k", "--longest", "512", "--keep", "0.3", "--device", "cpu"]
+    out = tmp_path / "bases"
+    result = CliRunner().invoke(cli.app, ["calibrate", "cskv", "--out", str(out), *small])
+    assert result.exit_code == 0, result.output
+    assert "1,000 tokens seen" in result.output
+    assert f"--kv-cache-config.artifact {out}" in result.output
+    settings = ["--kv-cache", "cskv", f"--kv-cache-config.artifact={out}"]
+    assert "cskv" in plan(*SMALL, *settings, "--tokens", "1K").output
+    refused = plan(*SMALL, *settings, "--kv-cache-config.keep=0.8")
+    assert refused.exit_code == 2
+    assert "the bases hold no more components" in refused.output
+
+
+def test_calibrate_refuses_as_serving_does(tmp_path: Path):
+    arguments = ["calibrate", "cskv", "--out", str(tmp_path), "--data", str(tmp_path / "none")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert result.output.startswith("kvfold: --data: ")
+
+
 def plan(*arguments: str) -> Result:
     spread = cli.spread_tokens(cli.fold_dotted(["plan", *arguments]))
     return CliRunner().invoke(cli.app, spread)
