@@ -13,6 +13,7 @@ from kvfold.cache.cskv import CSKVCache
 from kvfold.cache.cskv_basis import Basis, Calibration, LayerBases
 from kvfold.core.errors import Refused
 from kvfold.core.sequence import Sequence
+from kvfold.kernels.latent_attention import reconstruct
 from kvfold.kernels.quantize import affine, unpack
 from kvfold.kernels.rope import RotaryTable, rotate
 
@@ -334,6 +335,24 @@ def prefilled(one: Any, seq: Sequence, chunk: int) -> None:
         want = one.exact(tokens, n, *restored(one, tokens, n_folded))
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
         one.check()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", ["auto", "int8", "int4"])
+def test_what_prompts_read_is_what_decode_steps_read(cskv: Callable, dtype: str, groups: int):
+    one = cskv(dtype=dtype, groups=groups, keep=0.5)
+    seq = one.add(text(300))
+    one.prefill(seq)
+    got = one.decode(seq, [7]).double()
+    fold = one.cache._fold
+    folded, every = torch.tensor(seq.folded), torch.arange(seq.n_folded // fold.group_tokens)
+    keys, values = restored(one, seq.tokens, 0)
+    for layer, of in enumerate(one.cache._layers):
+        k, v, at = reconstruct(of.up, of.latents, folded, every, one.rotary)
+        keys[layer, at], values[layer, at] = k, v.double()
+    assert at.tolist() == list(range(seq.n_folded))
+    want = one.exact(seq.tokens, 1, keys, values)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", [True, False])

@@ -65,8 +65,9 @@ def test_sampling_is_a_matter_of_the_id():
         {"kind": "think"},
         {"kind": "think", "dtype": "int4", "options": {"recent": 0}},
         {"kind": "dense", "dtype": "int8"},
+        {"kind": "cskv", "options": {"recent": 0}},
     ],
-    ids=["think", "int4", "int8"],
+    ids=["think", "int4", "int8", "cskv"],
 )
 def test_nobody_notices_and_everybody_is_measured(driver: Callable, cache: dict[str, Any]):
     def answers(probe: float) -> tuple[list[Any], ProbeStats]:
