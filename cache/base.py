@@ -127,6 +127,10 @@ class KVCache(ABC):
         """Whether a prompt is there as it was computed until it is sealed, and not afterwards."""
         return False
 
+    def sealing_tokens(self, seq: Sequence) -> int:
+        """Room that sealing takes before it gives any back, 0 where it will change nothing."""
+        return 0
+
     @classmethod
     def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
         """Pages that a sequence holds when it has been sealed after `n_tokens`."""
@@ -220,7 +224,7 @@ class KVCache(ABC):
     @classmethod
     @abstractmethod
     def exact(cls, config: Any) -> Any:
-        """The setting at which this backend equals dense."""
+        """The setting at which this backend equals dense, bit by bit with pages of one size."""
 
     @classmethod
     @abstractmethod

@@ -308,7 +308,8 @@ class DenseCache(KVCache):
 
     def stats(self, live: Iterable[Sequence]) -> CacheStats:
         held = self._pool.n_held
-        computed = [(seq.n_computed, len(seq.pages)) for seq in live]
+        # A continuation that has ended holds nothing any more.
+        computed = [(seq.n_computed, len(seq.pages)) for seq in live if seq.pages]
         # Only full pages are shared: each reader beyond the first counts a page's tokens again.
         n_again = sum(n_pages for _, n_pages in computed) - held
         n_tokens = sum(n for n, _ in computed) - n_again * self._spec.page_size

@@ -42,6 +42,7 @@ from .pages import pool_zeros
 
 BITS = {"auto": None, "fp8": None, "int8": 8, "int4": 4}
 """Of a code, by `--kv-cache-dtype`; None for floats."""
+_DECIDED_BY_FLAGS = ("prefix", "dtype")
 # Tokens that share the scale of a key channel, and channels that share that of a value, at most:
 # few levels bear less of a spread.
 _KEY_GROUP = {8: 128, 4: 64}
@@ -68,7 +69,9 @@ class FoldedConfig(DenseConfig):
         for name, value in options.items():
             if name not in known:
                 settings = ", ".join(
-                    f"{f.name} ({type(f.default).__name__}, {f.default})" for f in known.values()
+                    f"{f.name} ({type(f.default).__name__}, {f.default})"
+                    for f in known.values()
+                    if f.name not in _DECIDED_BY_FLAGS
                 )
                 raise refused(name, f"there is no such setting; this backend has {settings}")
             kind = type(known[name].default)
@@ -288,7 +291,7 @@ class FoldedCache(DenseCache):
         fold = cls.fold(spec, config)
         if fold.n_tokens <= spec.page_size:
             return n_full
-        n_folded = max(0, fold.n_due(n_tokens - config.recent, spec.page_size))
+        n_folded = max(0, fold.n_due(cls._n_leading(config, n_tokens), spec.page_size))
         return -(-n_folded // fold.n_tokens) + n_full - n_folded // spec.page_size
 
     @classmethod
@@ -354,9 +357,19 @@ class FoldedCache(DenseCache):
         """Whether all tokens stay in full pages for now: who computes several reads no others."""
         return seq.n_computed < seq.n_prompt or seq.n_uncomputed > 1
 
+    @classmethod
+    def _n_leading(cls, config: Any, n_computed: int) -> int:
+        """Tokens before the recent ones, negative where there are fewer than those."""
+        return int(n_computed - config.recent)
+
     def _n_foldable(self, seq: Sequence) -> int:
         """Leading tokens that may fold."""
-        return seq.n_computed - self._config.recent
+        return self._n_leading(self._config, seq.n_computed)
+
+    def sealing_tokens(self, seq: Sequence) -> int:
+        due = self._fold.n_due(self._n_foldable(seq), self._spec.page_size) if self._folds else 0
+        n_blocks = -(-max(0, due - seq.n_folded) // self._fold.n_tokens)
+        return n_blocks * self._spec.page_size
 
     def _fold_due(self, seq: Sequence) -> bool:
         """Fold what is due; False when a block is missing. A shadow stays dense."""

@@ -183,12 +183,17 @@ class ThinkCache(FoldedCache):
         n = super()._n_foldable(seq)
         return n if self._prune_generated else min(n, seq.n_prompt)
 
+    @classmethod
+    def _n_leading(cls, config: Any, n_computed: int) -> int:
+        # Channels are chosen from as many queries, whenever and however often a sequence gets here.
+        return super()._n_leading(config, n_computed) if n_computed >= _OBSERVED else 0
+
     def _begin_folding(self, seq: Sequence) -> None:
         """Choose the sequence's channels, from its prompt, or from more if that is short."""
         group, page_size = self._fold.group_tokens, self._spec.page_size
         # So many tokens are there whenever the first fold.
         n_least = -(-page_size // group) * group + self._config.recent
-        n_tokens = max(seq.n_prompt, n_least)
+        n_tokens = max(seq.n_prompt, n_least, _OBSERVED)
         full = torch.tensor(seq.pages).to(self._spec.device, non_blocking=True)
         for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
             if self._channels is not None:

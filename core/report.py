@@ -29,6 +29,10 @@ class EngineInfo:
     bytes_per_token: int
     kv_tokens: int
     """Tokens that the empty pool holds."""
+    chat_tokens: int
+    """Of a long chat."""
+    n_chats: int
+    """How many of those the pool holds at a time, when they are sealed."""
     identity: str
     """Fingerprint of the model; goes into `system_fingerprint`."""
     load_s: float

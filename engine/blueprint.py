@@ -16,6 +16,26 @@ from ..models.loader import identity, locate, read_config, weight_bytes
 from .plan import probe, served_len
 
 
+def chosen_backend(config: Config) -> tuple[type[KVCache], Any]:
+    """The cache's class, and the backend's own dataclass.
+
+    Raises `Refused` for settings that no model and no machine could make right.
+    """
+    config.check()
+    kind = backend(config.cache.kind, config.cache.dtype)
+    stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
+    options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
+    if config.cache.probe and not kind.seals(options):
+        raise Refused(
+            f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
+            f"{config.cache.dtype} never has a prompt both as it was computed and compressed, "
+            "so that there is nothing to measure; choose one that compresses complete prompts, "
+            "or leave --kv-probe out",
+            param="kv-probe",
+        )
+    return kind, options
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blueprint:
     """An engine to be."""
@@ -37,18 +57,7 @@ class Blueprint:
 
         Raises `Refused` or `NotFound` for settings or checkpoints that cannot work.
         """
-        config.check()
-        kind = backend(config.cache.kind, config.cache.dtype)
-        stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
-        options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
-        if config.cache.probe and not kind.seals(options):
-            raise Refused(
-                f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
-                f"{config.cache.dtype} never has a prompt both as it was computed and compressed, "
-                "so that there is nothing to measure; choose one that compresses complete prompts, "
-                "or leave --kv-probe out",
-                param="kv-probe",
-            )
+        kind, options = chosen_backend(config)
         path = locate(config.model.path or str(model_dir()), config.model.revision)
         architecture = read_config(path)
         hardware = probe(config.model.device)

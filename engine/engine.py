@@ -29,6 +29,7 @@ from ..models.loader import load
 from .blueprint import Blueprint
 from .calibrate import calibrate_briefly
 from .device import open_device
+from .forecast import fit
 from .graphs import Graphs, recorded_sizes
 from .loop import error_output
 from .plan import keep_freed_memory, pages_that_fit
@@ -38,6 +39,8 @@ from .runner import Draw, Flight, Runner
 from .scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+_CHAT_TOKENS = 4096
 
 
 class Engine:
@@ -78,6 +81,7 @@ class Engine:
         if records:
             sizes = recorded_sizes(spec.max_sequences)
             graphs = Graphs(model, cache, device, spec, sizes)
+        chat_tokens = min(_CHAT_TOKENS, spec.max_len)
         self.info = EngineInfo(
             architecture=architecture.architecture,
             dtype=config.model.dtype,
@@ -94,6 +98,8 @@ class Engine:
             kv_bytes=n_pages * footprint.page_bytes(spec.page_size),
             bytes_per_token=footprint.bytes_per_token,
             kv_tokens=cache.n_total_tokens,
+            chat_tokens=chat_tokens,
+            n_chats=fit(blueprint, n_pages, chat_tokens).n_sealed,
             identity=spec.identity,
             load_s=time.monotonic() - started,
             n_graphs=0 if graphs is None else len(graphs),

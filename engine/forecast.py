@@ -128,12 +128,13 @@ def _backend(blueprint: Blueprint, budget: Budget, lengths: Rows[int]) -> Foreca
         bytes_per_sequence=footprint.bytes_per_sequence,
         bytes_per_full_token=footprint.bytes_per_token + footprint.transient_bytes_per_token,
         bytes_per_sealed_token=footprint.bytes_per_token,
-        fits=tuple(_fit(blueprint, n_pages - n_reserved, n_tokens) for n_tokens in lengths),
+        fits=tuple(fit(blueprint, n_pages, n_tokens) for n_tokens in lengths),
     )
 
 
-def _fit(blueprint: Blueprint, n_pages: int, n_tokens: int) -> Fit:
-    """How many requests of `n_tokens` share `n_pages`."""
+def fit(blueprint: Blueprint, n_pages: int, n_tokens: int) -> Fit:
+    """How many requests of `n_tokens` share a pool of `n_pages`."""
+    n_pages -= 1 + blueprint.footprint.spare_pages
     full = -(-n_tokens // blueprint.spec.page_size)
     sealed = blueprint.kind.n_pages(blueprint.spec, blueprint.options, n_tokens)
     return Fit(

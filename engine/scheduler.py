@@ -73,14 +73,16 @@ class Scheduler:
         With `is_probed` its next token is repeated by a shadow as well, if there is room for one.
         """
         # Sealing takes pages before it gives any back, and shadows keep those that it gives back.
-        has_room = self._cache.n_free_tokens >= seq.n_computed
-        if not has_room:
+        room = self._cache.sealing_tokens(seq)
+        if self._cache.n_free_tokens < room:
             self.drop_shadows()
-        elif is_probed and self._n_places > 0:
+        elif room and is_probed and self._n_places > 0:
             # The very list of tokens, so that the one being drawn arrives in both.
             shadow = Sequence(seq.request, seq.index, tokens=seq.tokens, original=seq)
             if self._cache.fork(seq, shadow):
                 self._shadows.append(shadow)
+            if self._cache.n_free_tokens < room:
+                self.drop_shadows()
         self._cache.seal(seq)
 
     def drop_shadows(self) -> bool:

@@ -7,8 +7,8 @@ others are compared with it document by document, and where both say the same, i
 log-probability that they give to it. Bytes are those that the allocator has handed out when the
 prompt is sealed and its first token drawn.
 
-Whatever the setting, prompts are computed exactly. One more engine does that once and hands its
-keys and values to the others, as the prefix that they hit.
+Nearly every setting computes prompts exactly. One more engine does that once and hands its keys and
+values to those, as the prefix that they hit.
 
 On a CPU each worker is a process of one thread. Two of them are worth more than one of two threads,
 which wait for each other all the time, and for anybody else who takes a core.
@@ -119,7 +119,9 @@ class Exam:
         while self._reader.has_work:
             self._reader.step()
         for setting, engine in self._engines.items():
-            engine.adopt(request, self._reader)
+            # A prompt that reads latents is not what anybody else computed.
+            if cache_settings(setting).options.get("exact_prefill", True):
+                engine.adopt(request, self._reader)
             started = time.monotonic()
             engine.add(request)
             outputs = engine.step()

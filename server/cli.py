@@ -237,6 +237,9 @@ def serve(
             sources.setdefault(setting, f"file {config}")
         settings = resolve(read | given)
         if dry_run:
+            from ..engine.blueprint import chosen_backend
+
+            chosen_backend(settings)
             _show(settings, sources)
             return
         from .launch import launch

@@ -31,7 +31,6 @@ DEMO_NAME = "kvfold-demo"
 CRASH_LOOP = 70
 """Exit code when the engine was given up."""
 _QUIET = ("/livez", "/readyz", "/ready", "/health", "/metrics")
-_CHAT_TOKENS = 4096
 
 
 class _Server(uvicorn.Server):
@@ -180,8 +179,6 @@ def _introduce(config: Config, info: EngineInfo, name: str, bound: socket.socket
     """The start-up table: what is served, what it costs and what fits."""
     host, port = bound.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    # A chat holds whole pages.
-    chat = -(-min(_CHAT_TOKENS, info.max_len) // info.page_size) * info.page_size
     rows = (
         ("model", f"{name} ({info.architecture}, {info.dtype})"),
         ("machine", f"{info.machine} ({info.device})"),
@@ -189,7 +186,10 @@ def _introduce(config: Config, info: EngineInfo, name: str, bound: socket.socket
         ("weights", _bytes(info.weight_bytes)),
         ("KV pool", f"{_bytes(info.kv_bytes)} ({info.kv_cache}, pages of {info.page_size} tokens)"),
         ("per token", f"{info.bytes_per_token:,} bytes"),
-        ("fits", f"{info.kv_tokens:,} tokens = {info.kv_tokens // chat:,} chats of {chat:,}"),
+        (
+            "fits",
+            f"{info.n_chats:,} chats of {info.chat_tokens:,} tokens, {info.kv_tokens:,} in all",
+        ),
         ("context", f"{info.max_len:,} tokens"),
         ("graphs", _graphs(info)),
         ("keys", f"{len(config.server.api_keys)}" if config.server.api_keys else "none, open"),

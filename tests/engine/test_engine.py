@@ -446,3 +446,14 @@ def test_bytes_per_token_are_true_when_pages_are_shared(driver: Callable):
     assert stats.kv_bytes["dense"] == (4 + 4 + 1) * 16 * one.engine.info.bytes_per_token
     one.run()
     assert one.outputs["again", 0][0].n_cached == 48
+
+
+def test_a_continuation_that_has_left_counts_no_more(driver: Callable):
+    one = driver()
+    one.add("r", list(range(3, 67)), n=4, temperature=1.0, seed=1, max_tokens=40)
+    for _ in range(6):
+        one.step()
+    for index in (1, 2, 3):
+        one.engine.abort("r", index)
+    one.step()
+    assert 64 < one.engine.stats().kv_tokens < 64 + 16

@@ -38,6 +38,8 @@ INFO = EngineInfo(
     kv_bytes=64 * 16 * 8,
     bytes_per_token=8,
     kv_tokens=1024,
+    chat_tokens=64,
+    n_chats=16,
     identity="0123456789abcdef",
     load_s=0.0,
 )

@@ -92,19 +92,33 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
     assert values["server.host"] == ('"127.0.0.1"', "default")
 
 
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--kv-probe", "0.5"), "--kv-probe 0.5"),
+        (("--kv-cache", "think", "--kv-cache-config.prune_ratio", "1.5"), "1.5"),
+    ],
+)
+def test_a_dry_run_refuses_what_serving_would(flags: tuple[str, ...], text: str) -> None:
+    result = serve("--dry-run", *flags)
+    assert result.exit_code == 2
+    assert text in result.output
+
+
 def test_lists_json_and_dots() -> None:
     values = shown(
         *("--served-model-name", "a b", "--served-model-name", "c", "--api-key", "secret"),
         *(
-            "--kv-cache-config.prune",
+            "--kv-cache=cskv",
+            "--kv-cache-config.keep",
             "0.5",
-            "--kv-cache-config.mode=fast",
+            "--kv-cache-config.mode=exact",
             "--no-enable-prefix-caching",
         ),
     )
     values = {name: (value.strip(), source) for name, (value, source) in values.items()}
     assert values["model.served_names"][0] == '["a", "b", "c"]'
-    assert values["cache.options"][0] == '{"prune": 0.5, "mode": "fast"}'
+    assert values["cache.options"][0] == '{"keep": 0.5, "mode": "exact"}'
     assert values["cache.prefix"][0] == "false"
     assert "secret" not in str(values)
     both = cli.fold_dotted(["--kv-cache-config", '{"a": 1}', "--kv-cache-config.b", "2", "rest"])
