@@ -19,11 +19,11 @@ attends to what has folded before its own chunk as latents, and to the rest as i
 depend on where chunks end and on what was found, as far as latents differ from what they stand for.
 
 What this does not do: save memory while a prompt is being computed. Lossless setting: `keep` 1 and
-no dtype, at which nothing folds. State per sequence: its page lists, on the host.
+no dtype; from about 0.94 on nothing folds, since no page would hold more tokens. State per
+sequence: its page lists, on the host.
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -48,7 +48,7 @@ from ..kernels.latent_attention import (
 from ..kernels.prefill_attention import PrefillPlan, TilePlan, prefill_attention
 from ..kernels.rope import RotaryTable, rotate_back
 from .base import CacheSpec
-from .cskv_basis import Basis, Calibration, choose_ranks
+from .cskv_basis import Basis, Calibration, check_shares, choose_ranks
 from .dense import Pools
 from .folded import (
     BITS,
@@ -70,8 +70,6 @@ MODES = ("exact", "selective")
 # Tokens of a group: few enough that not many wait for it, and share a scale.
 _LEAST_GROUP, _MOST_GROUP = 16, 32
 _LANDMARK_BITS = 8
-# Components that are handed out at a time.
-_STEP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +78,16 @@ class CSKVConfig(FoldedConfig):
 
     keep: float = 0.2
     """Share of the numbers of keys and values to keep; the scales of a key channel's codes count
-    as numbers."""
+    as numbers. The landmarks of selective mode come on top."""
     keep_k: float = 0.0
-    """Of the keys' numbers; 0 for what is best."""
+    """Of the keys' numbers; 0 for what is best. With `keep_v`, it replaces `keep`."""
     keep_v: float = 0.0
     """Of the values' numbers; 0 for what is best."""
     artifact: str = ""
     """Directory that `kvfold calibrate cskv` wrote; without, the engine calibrates as it starts."""
     mode: str = "exact"
     """Attend to all tokens, or, "selective", to chunks of them."""
-    budget: int = 1024
+    budget: int = 512
     """Folded tokens that a KV head attends to, in selective mode."""
     chunk: int = 8
     """Tokens of a landmark, in selective mode."""
@@ -187,8 +185,11 @@ class CSKVCache(FoldedCache):
     @classmethod
     def parse(cls, options: dict[str, Any]) -> CSKVConfig:
         if "window" in options:
+            window = options["window"]
             if "recent" in options:
                 raise refused("window", "it is another name of recent; state one of them")
+            if type(window) is not int or window < 0:
+                raise refused("window", f"{window!r} must be an int of at least 0")
             options = {("recent" if name == "window" else name): x for name, x in options.items()}
         config = CSKVConfig.parse(options)
         if not 0 < config.keep <= 1:
@@ -196,6 +197,8 @@ class CSKVCache(FoldedCache):
         for name in ("keep_k", "keep_v"):
             if not 0 <= getattr(config, name) <= 1:
                 raise refused(name, f"{getattr(config, name)} must be in [0, 1]")
+        if "keep" in options and config.keep_k and config.keep_v:
+            raise refused("keep", "keep_k and keep_v replace it; state at most two of the three")
         if config.mode not in MODES:
             raise refused("mode", f"{config.mode!r} must be one of {', '.join(MODES)}")
         if not 1 <= config.chunk <= _MOST_GROUP:
@@ -206,6 +209,9 @@ class CSKVCache(FoldedCache):
             raise refused("groups", f"{config.groups} must be even, where two codes share a byte")
         if config.budget < config.chunk:
             raise refused("budget", f"{config.budget} must be at least a chunk, {config.chunk}")
+        for name in ("budget", "chunk"):
+            if not config.is_selective and getattr(config, name) != getattr(CSKVConfig(), name):
+                raise refused(name, "it belongs to mode selective; state that as well, or drop it")
         return config
 
     @classmethod
@@ -217,15 +223,26 @@ class CSKVCache(FoldedCache):
     def prepared(
         cls, spec: CacheSpec, config: Any, calibrate: Callable[[int], Calibration] | None = None
     ) -> Any:
-        is_done = isinstance(config, CalibratedConfig)
-        if is_done or cls.fold(spec, config).n_tokens <= spec.page_size:
+        if isinstance(config, CalibratedConfig):
             return config
-        if config.artifact:
-            host = replace(spec, device=torch.device("cpu"))
-            return cls.calibrated(config, Calibration.read(Path(config.artifact), host))
         if spec.n_kv_heads % config.groups:
             raise refused("groups", f"{config.groups} must divide {spec.n_kv_heads} KV heads")
-        return config if calibrate is None else cls.calibrated(config, calibrate(config.groups))
+        check_shares(spec.n_kv_heads * spec.head_dim, config.keep, **_wanted(config))
+        found = None
+        if config.artifact:
+            host = replace(spec, device=torch.device("cpu"))
+            found = Calibration.read(Path(config.artifact), host)
+        if cls.fold(spec, config).n_tokens <= spec.page_size:
+            # Once: first there is no model.
+            if calibrate is not None:
+                log.warning(
+                    "cskv folds nothing: with so much kept, no page would hold more tokens; lower "
+                    "--kv-cache-config.keep or choose a --kv-cache-dtype of fewer bits"
+                )
+            return config
+        if found is None and calibrate is not None:
+            found = calibrate(config.groups)
+        return config if found is None else cls.calibrated(config, found)
 
     @classmethod
     def calibrated(cls, config: CSKVConfig, calibration: Calibration) -> CalibratedConfig:
@@ -237,14 +254,7 @@ class CSKVCache(FoldedCache):
             raise refused(
                 "groups", f"{config.groups}, but the bases are of {calibration.groups}; state that"
             )
-        ranks = choose_ranks(
-            calibration.layers,
-            config.keep,
-            keep_keys=config.keep_k or None,
-            keep_values=config.keep_v or None,
-            step=math.lcm(_STEP, config.groups),
-            costs=(_key_cost(config), 1.0),
-        )
+        ranks = choose_ranks(calibration.layers, config.keep, **_wanted(config))
         kept = " ".join(f"{of_keys}+{of_values}" for of_keys, of_values in ranks)
         log.info("cskv keeps so many components of keys and values, layer by layer: %s", kept)
         told = {setting.name: getattr(config, setting.name) for setting in fields(CSKVConfig)}
@@ -387,11 +397,19 @@ class CSKVCache(FoldedCache):
         return not self._shares_latents and super()._is_whole(seq)
 
     def _fold_until(self, seq: Sequence, end: int) -> None:
-        first = seq.n_folded // self._fold.n_tokens
+        size, page_size = self._fold.n_tokens, self._spec.page_size
+        first, last = seq.n_folded // size, end // size
         super()._fold_until(seq, end)
-        if self._shares and self._shares_latents:
-            for i in range(first, end // self._fold.n_tokens):
-                self._index.publish(*self._folded_page(seq, i), seq.folded[i])
+        if not (self._shares and self._shares_latents):
+            return
+        for i in range(first, last):
+            self._index.publish(*self._folded_page(seq, i), seq.folded[i])
+        # Who has all tokens of a latent page hits that: full pages below help only who parts from
+        # this text within it. Deepest first again, hence this order.
+        for i in range(first * size // page_size, last * size // page_size):
+            page = self._index.find(*self._page(seq, i))
+            if page is not None:
+                self._pool.evict_first(page)
 
     # Tensors.
 
@@ -495,6 +513,16 @@ def _up(basis: Basis, spec: CacheSpec, groups: int) -> torch.Tensor:
     heads = basis.decoder.mT.view(groups, -1, spec.head_dim, groups, basis.rank // groups)
     own = heads.diagonal(0, 0, 3).permute(3, 0, 1, 2)
     return own.flatten(0, 1).to(spec.device, spec.dtype).contiguous()
+
+
+def _wanted(config: CSKVConfig) -> dict[str, Any]:
+    """What `choose_ranks` is to know besides `keep`."""
+    return {
+        "keep_keys": config.keep_k or None,
+        "keep_values": config.keep_v or None,
+        "groups": config.groups,
+        "costs": (_key_cost(config), 1.0),
+    }
 
 
 def _key_cost(config: CSKVConfig) -> float:

@@ -17,9 +17,11 @@ is comparable with the relative error of the values, weighted by the output proj
 import hashlib
 import heapq
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple, Self
 
 import torch
@@ -29,6 +31,8 @@ from safetensors.torch import load_file, save
 from ..core.errors import Refused
 from .base import CacheSpec
 
+_STEP = 8
+"""Components that are handed out at a time, at least."""
 _VERSION = 1
 _TENSORS, _FACTS = "basis.safetensors", "basis.json"
 _LEAST = 1e-4
@@ -128,16 +132,70 @@ def interleave(groups: Sequence[Basis]) -> Basis:
     )
 
 
+def _step(groups: int) -> int:
+    """Components that are handed out at a time: as many to each group."""
+    return math.lcm(_STEP, groups)
+
+
+def least_share(n: int, groups: int, *costs: float) -> float:
+    """Of n numbers a side, what buys one step on each side of these costs."""
+    # Rounding must not cost a step.
+    return min(_step(groups), n) * fmean(costs) / n * (1 - 1e-9)
+
+
+def check_shares(
+    n: int,
+    keep: float,
+    *,
+    keep_keys: float | None = None,
+    keep_values: float | None = None,
+    groups: int = 1,
+    costs: tuple[float, float] = (1.0, 1.0),
+) -> tuple[float, float] | None:
+    """The shares of keys and of values, each of their n numbers; None where both share `keep`.
+
+    Needs no bases; the other arguments are those of `choose_ranks`. Raises `Refused` when a share
+    is more than 1, or buys less than one step in each layer.
+    """
+    if keep_keys is None and keep_values is None:
+        least = least_share(n, groups, *costs)
+        if not least <= keep <= 1:
+            raise _refused("keep", f"{keep:g} must be {_rounded_up(least)} to 1 for this model")
+        return None
+    of_keys = 2 * keep - (keep_values or 0.0) if keep_keys is None else keep_keys
+    of_values = 2 * keep - of_keys if keep_values is None else keep_values
+    sides = ("keep_k", keep_keys, of_keys), ("keep_v", keep_values, of_values)
+    for (option, stated, share), cost, (other, _, rest) in zip(
+        sides, costs, reversed(sides), strict=True
+    ):
+        least = least_share(n, groups, cost)
+        if least <= share <= 1:
+            continue
+        limits = f"must be {_rounded_up(least)} to 1 for this model"
+        if stated is not None:
+            raise _refused(option, f"{share:g} {limits}")
+        raise _refused(
+            other,
+            f"{rest:g} leaves {share:g} for {option} with keep {keep:g}, but that {limits}; change "
+            f"keep or {other}, or state {option} instead of keep",
+        )
+    return of_keys, of_values
+
+
+def _rounded_up(share: float) -> float:
+    return math.ceil(share * 1e4) / 1e4
+
+
 def choose_ranks(
     layers: Sequence[LayerBases],
     keep: float,
     *,
     keep_keys: float | None = None,
     keep_values: float | None = None,
-    step: int = 8,
+    groups: int = 1,
     costs: tuple[float, float] = (1.0, 1.0),
 ) -> list[tuple[int, int]]:
-    """Components of keys and of values to keep in each layer, multiples of `step`.
+    """Components of keys and of values to keep in each layer, multiples of `groups`.
 
     Each layer gets one step of both; what is left goes, step by step, where it gains most.
 
@@ -146,41 +204,35 @@ def choose_ranks(
         keep: share of all numbers, keys and values together, in (0, 1].
         keep_keys: share of the keys' numbers; the values then get the rest of `keep`.
         keep_values: the same the other way round.
-        step: components that are handed out at a time.
+        groups: of heads, which get equally many.
         costs: of a component of keys and of values; 1 counts as a number.
 
-    Raises `Refused` when a share is not in (0, 1], buys less than one step in each layer, or more
-    than the bases were stored for.
+    Raises `Refused` as `check_shares` does, or when a share buys more than the bases were stored
+    for.
     """
     keys, values = zip(*layers, strict=True)
-    n = len(layers) * len(keys[0].mean)
+    n = len(keys[0].mean)
+    of_sides = check_shares(
+        n, keep, keep_keys=keep_keys, keep_values=keep_values, groups=groups, costs=costs
+    )
     priced = [[(b, cost) for b in side] for side, cost in zip((keys, values), costs, strict=True)]
-    if keep_keys is None and keep_values is None:
-        shares = [("keep", keep, 2 * n, priced[0] + priced[1])]
+    if of_sides is None:
+        ranks = _hand_out(priced[0] + priced[1], keep * n, _step(groups), "keep")
     else:
-        of_keys = 2 * keep - (keep_values or 0.0) if keep_keys is None else keep_keys
-        of_values = 2 * keep - of_keys if keep_values is None else keep_values
-        shares = [
-            ("keep_k", of_keys, n, priced[0]),
-            ("keep_v", of_values, n, priced[1]),
-        ]
-    ranks = []
-    for option, share, n_numbers, bases in shares:
-        if not 0 < share <= 1:
-            raise _refused(option, f"{share:g} must be in (0, 1]")
-        ranks += _hand_out(bases, share * n_numbers, step, option)
+        ranks = []
+        for option, share, bases in zip(("keep_k", "keep_v"), of_sides, priced, strict=True):
+            ranks += _hand_out(bases, share * n, _step(groups), option)
     return list(zip(ranks[: len(layers)], ranks[len(layers) :], strict=True))
 
 
 def _hand_out(
-    bases: Sequence[tuple[Basis, float]], budget: float, step: int, option: str
+    bases: Sequence[tuple[Basis, float]], numbers: float, step: int, option: str
 ) -> list[int]:
-    """A rank for each basis of a cost; a larger budget gives none of them less."""
+    """A rank for each basis of a cost, of so many numbers each; more give none of them less."""
     ranks = [min(step, basis.rank) for basis, _ in bases]
     # Rounding must not cost a step.
-    left = budget * (1 + 1e-9) - sum(r * cost for r, (_, cost) in zip(ranks, bases, strict=True))
-    if left < 0:
-        raise _refused(option, f"it leaves fewer than {step} components in each layer; raise it")
+    left = len(bases) * numbers * (1 + 1e-9)
+    left -= sum(r * cost for r, (_, cost) in zip(ranks, bases, strict=True))
 
     def offer(i: int) -> tuple[float, int]:
         basis, cost = bases[i]
@@ -265,6 +317,7 @@ class Calibration:
             version, identity, digest = (facts[key] for key in ("version", "identity", "digest"))
             ranks = [(int(of_keys), int(of_values)) for of_keys, of_values in facts["ranks"]]
             told = {key: facts[key] for key in ("key_metric", "value_metric", "n_tokens", "groups")}
+            groups = int(told["groups"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise _broken(facts_file, f"it cannot be read: {error!r}") from None
         if version != _VERSION:
@@ -275,6 +328,8 @@ class Calibration:
                 f"it was made for another model: {len(ranks)} layers, fingerprint {identity}; this "
                 f"one has {spec.n_layers} and {spec.identity}",
             )
+        if groups < 1 or any(rank % groups for pair in ranks for rank in pair):
+            raise _broken(facts_file, f"its ranks are no multiples of its {groups} groups")
         try:
             tensors = load_file(tensors_file, device=str(spec.device))
         except (OSError, SafetensorError) as error:

@@ -180,7 +180,8 @@ class DenseCache(KVCache):
             # Page 0 stands for one that has been let go.
             if seq.pages[i]:
                 self._index.publish(*self._page(seq, i), seq.pages[i])
-        seq.n_published = n_full
+        # Never back: what a backend passes over stays unpublished.
+        seq.n_published = max(seq.n_published, n_full)
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
         pages = self._for_another(seq.pages, seq.n_computed, self._spec.page_size)

@@ -88,6 +88,11 @@ class PagePool:
         else:
             heapq.heappush(self._free, page)
 
+    def evict_first(self, page: int) -> None:
+        """Of idle pages this one, if it is idle, is the next to be handed out."""
+        if page in self._idle:
+            self._idle.move_to_end(page, last=False)
+
     def check(self, held: Iterable[Iterable[int]]) -> None:
         """Prove the ledger: every page is free, idle, or read as often as `held` lists it."""
         listed = np.fromiter((page for pages in held for page in pages), dtype=np.int64)

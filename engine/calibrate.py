@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..cache.base import CacheSpec
 from ..cache.calibrate import KEY_METRICS, VALUE_METRICS, Recorder
-from ..cache.cskv_basis import Calibration, choose_ranks
+from ..cache.cskv_basis import Calibration, choose_ranks, least_share
 from ..core.config import Config, ModelSettings
 from ..core.errors import Refused
 from ..core.sequence import Request, SamplingParams
@@ -57,16 +57,24 @@ def calibrate_cskv(
 
     `data` are files of text, and none of them the built-in ones. The bases hold what a cache with
     `keep` of all numbers wants, or with less. Raises `Refused` or `NotFound` for settings, files
-    and checkpoints that cannot work.
+    and checkpoints that cannot work, before the pass.
     """
     if min(n_tokens, longest) < 1:
         raise Refused(f"--n-tokens {n_tokens} and --longest {longest} must be at least 1")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"--out {out} cannot be a directory: {error.strerror}") from None
     settings = ModelSettings(
         path=model, device=device, dtype=dtype, revision=revision, tokenizer=tokenizer
     )
     plan = Blueprint.of(Config(model=settings))
     opened = open_device(plan.config.model.device)
     spec = replace(plan.spec, device=opened.device)
+    _check_groups(groups, spec)
+    least = least_share(spec.n_kv_heads * spec.head_dim, groups, 1.0)
+    if not least <= keep <= 1:
+        raise Refused(f"--keep {keep:g} must be {least:.4f} to 1 for this model")
     found = calibrate(
         load(plan.path, spec.dtype, spec.device, spec.max_len),
         samples_for(plan.path, tokenizer, data, min(longest, spec.max_len)),
@@ -77,7 +85,7 @@ def calibrate_cskv(
         value_metric=value_metric,
         groups=groups,
     )
-    kept = found.cut(choose_ranks(found.layers, keep))
+    kept = found.cut(choose_ranks(found.layers, keep, groups=groups))
     kept.write(out)
     return kept
 
@@ -139,8 +147,7 @@ def calibrate(
     ):
         if metric not in known:
             raise Refused(f"--{option} is {metric!r}; it must be one of {', '.join(known)}")
-    if groups < 1 or spec.n_kv_heads % groups:
-        raise Refused(f"--groups {groups} must divide the {spec.n_kv_heads} KV heads of the model")
+    _check_groups(groups, spec)
     recorder = Recorder(spec, model.rotary, min(spec.max_len, n_tokens))
     record(model, recorder, samples, device, n_tokens)
     enough = _ENOUGH * spec.n_kv_heads * spec.head_dim
@@ -160,6 +167,11 @@ def calibrate(
         groups=groups,
         layers=tuple(recorder.bases(layer, key_metric, value_metric, groups) for layer in layers),
     )
+
+
+def _check_groups(groups: int, spec: CacheSpec) -> None:
+    if groups < 1 or spec.n_kv_heads % groups:
+        raise Refused(f"--groups {groups} must divide the {spec.n_kv_heads} KV heads of the model")
 
 
 @torch.inference_mode()

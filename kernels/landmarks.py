@@ -7,6 +7,7 @@ and a minimum each (`kernels/quantize.py`).
 
 import math
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from torch import Tensor
@@ -64,14 +65,14 @@ def write_landmarks(k: Tensor, pages: Tensor, groups: Tensor, out: Landmarks) ->
             f"k has groups of {group_tokens} tokens, wanted chunks of {out.chunk}"
             f" of which {chunks} fill a page"
         )
-    means = k.float().unflatten(2, (-1, out.chunk)).mean(3)
-    by_group = (-1, means.shape[2])
-    keys = out.keys.unflatten(2, by_group)
+    per_group = group_tokens // out.chunk
+    means = k.reshape(n, kv_heads, per_group, out.chunk, head_dim).float().mean(3)
+    keys = out.keys.view(-1, kv_heads, chunks // per_group, per_group, width)
     if out.bits is None:
         keys[pages, :, groups] = means.to(keys.dtype)
         return
     assert out.scale is not None
-    scale = out.scale.unflatten(3, by_group)
+    scale = out.scale.view(-1, kv_heads, 2, chunks // per_group, per_group)
     keys[pages, :, groups], scale[pages, :, :, groups] = quantize(means, out.bits, -1)
 
 
@@ -122,7 +123,7 @@ def _score_torch(
 ) -> Tensor:
     _, kv_heads, per_page, _ = landmarks.keys.shape
     scores = torch.empty(len(q), kv_heads, table.shape[1] * per_page, device=q.device)
-    grouped = q.unflatten(1, (kv_heads, -1))
+    grouped = q.view(len(q), kv_heads, -1, q.shape[2])
     # One by one: a sum over padding would round differently.
     for row, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         if first >= last:
@@ -161,7 +162,9 @@ def affine_at(scale_ptr, at, is_in, N: tl.constexpr, BITS: tl.constexpr):
     return step, low + step * (1 << (BITS - 1))
 
 
-@jit
+# What depends on the width of a page table makes no variants of a kernel.
+@no_type_check
+@jit(do_not_specialize=["table_stride", "n"])
 def _product_kernel(
     product_ptr,
     stats_ptr,
@@ -237,7 +240,8 @@ def _product_kernel(
     tl.store(stats_ptr + at + 1, mass, is_head)
 
 
-@jit
+@no_type_check
+@jit(do_not_specialize=["n"])
 def _normalise_kernel(
     score_ptr,
     product_ptr,
@@ -378,7 +382,8 @@ def _rank(score_row, chunk, begin, end, N_ALWAYS: tl.constexpr):
     return tl.where(is_seen & (score > -float("inf")), rank, 0).to(tl.uint32)
 
 
-@jit
+@no_type_check
+@jit(do_not_specialize=["n", "n_most"])
 def _select_kernel(
     chosen_ptr,
     score_ptr,

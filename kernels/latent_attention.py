@@ -198,7 +198,7 @@ def _sum_latents(
     no work, and a row would depend on its neighbours.
     """
     kv_heads = len(basis.key_up)
-    q = q.unflatten(1, (kv_heads, -1)).index_select(0, plan.sequences)
+    q = q.view(len(q), kv_heads, -1, q.shape[2]).index_select(0, plan.sequences)
     key_up, value_up = _by_halves(basis.key_up.mT, rotary), basis.value_up.float().mT
     unit, chosen = latents.keys.shape[3], None
     if landmarks is not None:
@@ -213,7 +213,7 @@ def _sum_latents(
             units = chosen[row, :, : units.shape[1]]
         query = _query(q[row], basis.key_mean, rotary)
         parts, peaks = [], []
-        for at in units.split(max(1, _TILE // unit), dim=1):
+        for at in torch.split(units, max(1, _TILE // unit), dim=1):
             c_k, c_v = _read(latents, plan.table[row], at, unit, q.dtype)
             keys = torch.bmm(_of_heads(c_k, kv_heads, key_up.shape[1]), key_up)
             positions = (at.unsqueeze(2) * unit + torch.arange(unit, device=q.device)).flatten(1)
@@ -298,7 +298,7 @@ def _read(
         step, low = affine(latents.key_scale[page, 0, group], latents.bits)
         codes = unpack(keys, latents.bits, torch.float32)
         keys = torch.addcmul(low.unsqueeze(2), codes, step.unsqueeze(2)).to(dtype)
-        by_unit = latents.value_scale[:, 0, 0].unflatten(2, split)
+        by_unit = latents.value_scale.view(-1, 2, *split)
         step, low = affine(by_unit[page, :, place], latents.bits)
         codes = unpack(values, latents.bits, torch.float32)
         values = torch.addcmul(low.unsqueeze(3), codes, step.unsqueeze(3)).to(dtype)
@@ -324,8 +324,12 @@ def _of_heads(x: Tensor, kv_heads: int, width: int) -> Tensor:
         width: channels of a group.
     """
     groups = x.shape[2] // width
-    x = x.expand(kv_heads, -1, -1).unflatten(2, (groups, width)).unflatten(0, (groups, -1))
-    return x.diagonal(0, 0, 3).permute(3, 0, 1, 2).flatten(0, 1)
+    own = []
+    for heads, channels in zip(
+        x.expand(kv_heads, -1, -1).chunk(groups), range(0, x.shape[2], width), strict=True
+    ):
+        own.append(heads[..., channels : channels + width])
+    return own[0] if groups == 1 else torch.cat(own)
 
 
 def _query(q: Tensor, mean: Tensor, rotary: RotaryTable) -> tuple[Tensor, ...]:
@@ -358,7 +362,7 @@ def _score(
         x.index_select(0, positions.flatten()).view(*positions.shape, -1)
         for x in (rotary.cos, rotary.sin)
     )
-    pairs = keys[..., : rotary.width].unflatten(2, (2, -1))
+    pairs = keys[..., : rotary.width].view(*keys.shape[:2], 2, -1)
     by_sin = (pairs * sin.to(keys.dtype).unsqueeze(2)).flatten(2)
     pairs *= cos.to(keys.dtype).unsqueeze(2)
     score = torch.bmm(q, keys.mT).float() + torch.bmm(turned, by_sin.mT)

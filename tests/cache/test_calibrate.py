@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def loss(ranks: list[tuple[int, int]]) -> float:
 
 @pytest.mark.parametrize("keep", [0.13, 0.2, 0.5])
 def test_no_other_ranks_of_as_many_numbers_lose_less(keep: float):
-    ranks = choose_ranks(LAYERS, keep, step=8)
+    ranks = choose_ranks(LAYERS, keep)
     budget = keep * 4 * N
     legal = [
         [(a, b), (c, d)]
@@ -190,15 +191,26 @@ def test_what_costs_less_gets_more():
     [
         ({"keep": 0.0}, "keep"),
         ({"keep": 1.1}, "keep"),
-        ({"keep": 0.1}, "fewer than 8"),
-        ({"keep": 0.5, "keep_keys": 0.01}, "keep_k"),
-        ({"keep": 0.3, "keep_keys": 0.7}, "keep_v"),
+        ({"keep": 0.1}, r"keep: 0\.1 must be 0\.125 to 1 for this model"),
+        ({"keep": 0.1, "groups": 2}, r"0\.125 to 1"),
+        ({"keep": 0.2, "groups": 16}, r"0\.25 to 1"),
+        ({"keep": 0.13, "costs": (1.2, 1.0)}, r"0\.1375 to 1"),
+        ({"keep": 0.5, "keep_keys": 0.01}, r"keep_k: 0\.01 must be 0\.125 to 1"),
+        # Who is named has been stated.
+        ({"keep": 0.3, "keep_keys": 0.7}, r"keep_k: 0\.7 leaves -0\.1 for keep_v with keep 0\.3"),
+        ({"keep": 0.9, "keep_values": 0.5}, r"keep_v: 0\.5 leaves 1\.3 for keep_k with keep 0\.9"),
     ],
     ids=str,
 )
-def test_a_share_that_cannot_be_is_refused(options: dict[str, float], named: str):
+def test_a_share_that_cannot_be_is_refused(options: dict[str, Any], named: str):
     with pytest.raises(Refused, match=named):
         choose_ranks(LAYERS, **options)
+
+
+@pytest.mark.parametrize("groups", [1, 5, 16])
+def test_each_group_gets_as_many(groups: int):
+    ranks = choose_ranks(LAYERS, 0.7, groups=groups)
+    assert all(rank % groups == 0 or rank == N for pair in ranks for rank in pair)
 
 
 def test_bases_that_were_stored_for_less_say_so():
@@ -287,6 +299,9 @@ def test_damaged_numbers_are_refused_by_name(
         ({"identity": "another"}, "another model.*fingerprint another"),
         ({"ranks": [[8, 16]]}, "1 layers"),
         ({"ranks": "many"}, "cannot be read"),
+        ({"groups": 3}, "no multiples of its 3 groups"),
+        ({"groups": 0}, "no multiples of its 0 groups"),
+        ({"groups": None}, "cannot be read"),
         (
             {"ranks": [[8, 17], [24, 8]]},
             r"0.values.encoder has shape \[64, 16\], wanted \[64, 17\]",

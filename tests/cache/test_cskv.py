@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kvfold.cache.cskv import CSKVCache
-from kvfold.cache.cskv_basis import Basis, Calibration, LayerBases
+from kvfold.cache.cskv_basis import Basis, Calibration, LayerBases, choose_ranks
 from kvfold.core.errors import Refused
 from kvfold.core.sequence import Sequence
 from kvfold.kernels.latent_attention import reconstruct
@@ -481,7 +481,11 @@ def test_an_artifact_is_read_before_there_is_a_model(lab: Callable, tmp_path: Pa
         ({"mode": "fast"}, "mode: 'fast' must be one of exact, selective"),
         ({"chunk": 0}, "chunk: 0 must be 1 to 32"),
         ({"budget": 4}, "budget: 4 must be at least a chunk, 8"),
-        ({"window": -1}, "recent: -1 must be at least 0"),
+        ({"budget": 64}, "budget: it belongs to mode selective"),
+        ({"chunk": 16}, "chunk: it belongs to mode selective"),
+        ({"keep": 0.2, "keep_k": 0.1, "keep_v": 0.2}, "keep: keep_k and keep_v replace it"),
+        ({"window": -1}, "window: -1 must be an int of at least 0"),
+        ({"window": True}, "window: True must be an int"),
         ({"window": 1, "recent": 1}, "window: it is another name of recent"),
     ],
 )
@@ -490,6 +494,83 @@ def test_wrong_settings_are_named(options: dict[str, Any], message: str):
         CSKVCache.parse(options)
 
 
-def test_a_share_too_small_is_refused(lab: Callable):
-    with pytest.raises(Refused, match="keep: it leaves fewer than 8 components in each layer"):
-        lab("cskv", keep=0.1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.1}, r"keep: 0\.1 must be 0\.125 to 1 for this model"),
+        ({"keep": 0.00001}, r"keep: 1e-05 must be 0\.125 to 1"),
+        ({"keep": 0.13, "dtype": "int8"}, r"keep: 0\.13 must be 0\.1329 to 1"),
+        ({"keep_k": 0.001}, r"keep_k: 0\.001 must be 0\.125 to 1"),
+        ({"keep_k": 0.6}, r"keep_k: 0\.6 leaves -0\.2 for keep_v with keep 0\.2"),
+        ({"groups": 3}, "groups: 3 must divide 2 KV heads"),
+    ],
+    ids=str,
+)
+def test_shares_that_cannot_be_are_refused_before_there_is_a_model(
+    lab: Callable, options: dict[str, Any], message: str
+):
+    with pytest.raises(Refused, match=message):
+        CSKVCache.prepared(lab().spec, CSKVCache.parse(options))
+
+
+def test_what_folds_nothing_says_so_and_still_reads_its_artifact(
+    lab: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    one = lab("cskv", keep=0.97)
+    assert not one.cache.folded_size
+    assert caplog.text.count("cskv folds nothing") == 1
+    with pytest.raises(Refused, match=r"basis\.json: it cannot be read"):
+        CSKVCache.prepared(one.spec, CSKVCache.parse({"keep": 0.97, "artifact": str(tmp_path)}))
+
+
+def test_heads_in_groups_that_do_not_divide_a_step_are_served(lab: Callable):
+    """What is stored for less holds components for each group."""
+    spec = dataclasses.replace(lab().spec, n_heads=20, n_kv_heads=10)
+    one = lab("cskv", spec=spec, keep=0.3, groups=5)
+    found = one.calibrate(5)
+    stored = found.cut(choose_ranks(found.layers, 0.3, groups=5))
+    config = CSKVCache.calibrated(CSKVCache.parse({"keep": 0.3, "groups": 5}), stored)
+    CSKVCache(spec, one.rotary, config, 4)
+
+
+def test_a_page_that_nobody_may_hit_stays_so(cskv: Callable):
+    """A hit ends within a full page, and the next chunk does not get to the end of that."""
+    one = cskv(exact_prefill=False, keep=0.3, recent=0)
+    size = one.cache.folded_size
+    end = 2 * size
+    assert 0 < end % 16 < 14
+    first = one.add(text(end))
+    prefilled(one, first, 50)
+    one.decode(first, [7])
+    one.drop(first)
+    again = one.add([*text(end), *text(20, seed=4)])
+    assert again.n_folded == again.n_computed == end
+    prefilled(one, again, 1)
+    assert one.cache._index.find(*one.cache._page(again, end // 16)) is None
+
+
+def test_full_pages_below_latents_are_evicted_before_anything_else(cskv: Callable):
+    one = cskv(exact_prefill=False, keep=0.3)
+    size = one.cache.folded_size
+    old, seq = one.add(text(64, seed=1)), one.add(text(250))
+    for each in (old, seq):
+        prefilled(one, each, 100)
+    n_latent = seq.n_folded // size
+    assert n_latent > 2
+    one.drop(old)
+    one.drop(seq)
+    n_below = n_latent * size // 16
+    pool, index = one.cache._pool, one.cache._index
+    pages = [index.find(*one.cache._page(seq, i)) for i in range(n_below)]
+    assert all(pages)
+    # The least valuable first: what comes last in the text.
+    assert pool.take(len(pool._free) + 2) is not None
+    assert [index.find(*one.cache._page(seq, i)) for i in range(n_below)] == [
+        *pages[:-2],
+        None,
+        None,
+    ]
+    assert pool.take(n_below - 2) is not None
+    assert not any(index.find(*one.cache._page(seq, i)) for i in range(n_below))
+    assert one.cache.attach(Sequence(seq.request, tokens=text(250))) > n_latent * size
+    assert one.cache.attach(Sequence(old.request, tokens=text(64, seed=1))) >= 48

@@ -144,12 +144,34 @@ def test_data_is_all_that_is_read(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "option",
-    [{"key_metric": "taste"}, {"value_metric": "taste"}, {"n_tokens": 0}, {"longest": 0}],
+    [
+        {"key_metric": "taste"},
+        {"value_metric": "taste"},
+        {"n_tokens": 0},
+        {"longest": 0},
+        {"keep": 1.5},
+        {"keep": 0.001},
+        {"groups": 3},
+    ],
     ids=str,
 )
-def test_settings_that_cannot_be_are_refused(tmp_path: Path, option: dict[str, Any]):
+def test_settings_that_cannot_be_are_refused_before_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+):
+    monkeypatch.delattr(calibrate, "record")
     with pytest.raises(Refused, match=f"--{next(iter(option)).replace('_', '-')}"):
         calibrate_cskv("", tmp_path, device="cpu", **option)
+
+
+def test_what_cannot_be_a_directory_is_refused_before_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delattr(calibrate, "record")
+    file = tmp_path / "file"
+    file.touch()
+    for out in (file, file / "below"):
+        with pytest.raises(Refused, match=f"--out {out} cannot be a directory"):
+            calibrate_cskv("", out, device="cpu")
 
 
 def test_built_in_samples_are_short_and_long_and_always_the_same(text: Text):

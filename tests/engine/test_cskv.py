@@ -97,7 +97,8 @@ def test_an_equal_prefix_reads_latents_if_it_need_not_be_exact(
 @pytest.mark.parametrize("seed", range(3))
 def test_mixed_traffic_returns_every_page_if_prompts_read_latents(engine_of: Callable, seed: int):
     rng = random.Random(seed)
-    cache = inexact(recent=rng.choice([0, 32]), mode=rng.choice(["exact", "selective"]), budget=32)
+    mode = rng.choice([{}, {"mode": "selective", "budget": 32}])
+    cache = inexact(recent=rng.choice([0, 32]), **mode)
     one = engine_of(pages=17, max_tokens=rng.choice([33, 64]), cache=cache, overlaps=seed != 1)
     shared = prompt(150, seed)
     alive = []

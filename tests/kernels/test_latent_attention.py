@@ -148,7 +148,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return self.shape.head_dim**-0.5
+        return float(self.shape.head_dim**-0.5)
 
     def plan(
         self, rows: Sequence[int], window: int | None, token_bytes: int = 512, budget: int = 0
@@ -393,18 +393,17 @@ def launches() -> None:
         pools = torch.empty(n_pages, shape.kv_heads, 2, *page, dtype=dtype).unbind(2)
         q = torch.empty(7, shape.kv_heads * shape.group + 8, shape.head_dim, dtype=dtype)[:, :-8]
         tables, lengths = torch.empty(2, 7, 63).int(), torch.empty(2, 7).int()
-        for window in (None, 4096):
-            plan = plan_latent_split(
-                tables[0],
-                lengths[0],
-                tables[1],
-                lengths[1],
-                pools[0],
-                q.shape[1],
-                window,
-                landmarks=landmarks,
-                budget=budget,
-            )
+        plan = plan_latent_split(
+            tables[0],
+            lengths[0],
+            tables[1],
+            lengths[1],
+            pools[0],
+            q.shape[1],
+            None,
+            landmarks=landmarks,
+            budget=budget,
+        )
         latent_attention(
             q,
             LatentBasis(key_up=ups[0], key_mean=means[0], value_up=ups[1], value_mean=means[1]),

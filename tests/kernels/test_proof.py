@@ -35,6 +35,10 @@ FEWER_RESIDENT = {
     ("kvfold.kernels.prefill_attention._kernel", "gfx942"): 1,
     # Its stages wait for each other within the program.
     ("kvfold.kernels.linear._kernel", "gfx942"): 1,
+    # A tile of fewer tokens would read the basis of keys more often than a device can.
+    ("kvfold.kernels.latent_attention._kernel", "sm_80"): 1,
+    ("kvfold.kernels.latent_attention._kernel", "sm_90"): 1,
+    ("kvfold.kernels.latent_attention._kernel", "gfx942"): 1,
 }
 # Bytes (cuda) or registers (hip) that a thread may spill; elsewhere none.
 SPILLED: dict[tuple[str, str], int] = {
@@ -44,6 +48,10 @@ SPILLED: dict[tuple[str, str], int] = {
     # Two or four words, for which a multiprocessor holds a program more.
     ("kvfold.kernels.channel_attention._kernel", "sm_80"): 8,
     ("kvfold.kernels.channel_attention._kernel", "sm_90"): 16,
+    # Keys in two halves, the sum of latents and the addresses of four tensors.
+    ("kvfold.kernels.latent_attention._kernel", "sm_80"): 384,
+    ("kvfold.kernels.latent_attention._kernel", "sm_90"): 96,
+    ("kvfold.kernels.latent_attention._kernel", "gfx942"): 288,
 }
 GRID = (2**31 - 1, 65535, 65535)
 
