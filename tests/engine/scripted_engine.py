@@ -49,6 +49,8 @@ class ScriptedEngine:
             kv_bytes=0,
             bytes_per_token=0,
             kv_tokens=0,
+            chat_tokens=64,
+            n_chats=1,
             identity="scripted",
             load_s=0.0,
         )

@@ -52,6 +52,8 @@ INFO = EngineInfo(
     kv_bytes=1,
     bytes_per_token=1,
     kv_tokens=640,
+    chat_tokens=64,
+    n_chats=2,
     identity="f00",
     load_s=0.5,
 )
