@@ -362,7 +362,7 @@ def launches() -> None:
     arch = triton.runtime.driver.active.get_current_target().arch
     for shape, form, budget in [
         (Shape(8, 4, 128, (200, 200), (1, 1), 3, 32, 32, 8), None, 0),
-        (Shape(8, 4, 128, (200, 200), (1, 1), 3, 32, 32, 8), None, 1024),
+        (Shape(8, 4, 128, (200, 200), (1, 1), 6, 32, 32, 8), FP8, 1024),
         (Shape(8, 4, 128, (208, 208), (1, 1), 6, 32, 32, 8), 8, 0),
         (Shape(8, 4, 128, (208, 208), (1, 1), 13, 32, 32, 8), 4, 1024),
         (Shape(8, 4, 128, (512, 512), (4, 2), 1, 32, 32, 8), None, 0),
