@@ -30,6 +30,7 @@ from .decode_attention import (
     attend_chunk,
     chunk_constants,
     merge_chunks,
+    merge_sums,
     multiply_pages,
     n_programs,
     plan_decode,
@@ -265,11 +266,7 @@ def _torch(
         if at_value is not None:
             stored, more = more, torch.zeros_like(sums[: len(rows)])
             more.scatter_(3, at_value, stored[..., :-1])[..., -1] = stored[..., -1]
-        here, high = sums.index_select(0, rows), highest.index_select(0, rows)
-        top = torch.maximum(high, higher)
-        here *= ((high - top) * scale).exp_()
-        here += more * ((higher - top) * scale).exp_()
-        sums.index_copy_(0, rows, here)
+        merge_sums(sums, highest, rows, more, higher, scale)
     return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)
 
 

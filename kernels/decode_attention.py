@@ -239,6 +239,26 @@ def sum_pages(
     return add_up(torch.cat((part, mass), dim=-1), plan.levels, plan.result), highest
 
 
+def merge_sums(
+    sums: Tensor, highest: Tensor, rows: Tensor, more: Tensor, higher: Tensor, scale: float
+) -> None:
+    """Add sums over other keys of some sequences.
+
+    Args:
+        sums: from `sum_pages` (written).
+        highest: from `sum_pages` (read).
+        rows: [n] int64 – those sequences.
+        more: [n, kv_heads, group, head_dim + 1] float32 – as `sums`, over their other keys.
+        higher: [n, kv_heads, group, 1] float32 – as `highest`, of those keys.
+        scale: factor of the scores.
+    """
+    here, high = sums.index_select(0, rows), highest.index_select(0, rows)
+    top = torch.maximum(high, higher)
+    here *= ((high - top) * scale).exp_()
+    here += more * ((higher - top) * scale).exp_()
+    sums.index_copy_(0, rows, here)
+
+
 def highest_of(peak: Tensor, plan: DecodePlan) -> Tensor:
     """Maximum over each sequence's entries: [entries, ...] → [sequences, ...]."""
     highest = peak.new_full((plan.n_sequences, *peak.shape[1:]), -torch.inf)

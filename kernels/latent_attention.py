@@ -29,6 +29,7 @@ from .decode_attention import (
     attend_chunk,
     chunk_constants,
     merge_chunks,
+    merge_sums,
     n_programs,
     plan_decode,
     plan_split,
@@ -174,11 +175,7 @@ def _torch(
     if len(plan.sequences):
         rows = plan.sequences
         more, higher = _sum_latents(q, basis, latents, plan, rotary, scale, landmarks, budget)
-        here, high = sums.index_select(0, rows), highest.index_select(0, rows)
-        top = torch.maximum(high, higher)
-        here *= ((high - top) * scale).exp_()
-        here += more * ((higher - top) * scale).exp_()
-        sums.index_copy_(0, rows, here)
+        merge_sums(sums, highest, rows, more, higher, scale)
     return sums[..., :-1].div(sums[..., -1:]).to(q.dtype).view_as(q)
 
 
