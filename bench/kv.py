@@ -178,7 +178,8 @@ class Contestant:
 def page_size(words: str) -> int:
     """Tokens of a page."""
     settings = cache_settings(words)
-    return settings.page_size or backend(settings.kind, settings.dtype).page_size
+    kind = backend(settings.kind, settings.dtype)
+    return settings.page_size or kind.default_page_size(settings.dtype)
 
 
 def open_cache(words: str, spec: CacheSpec, memory_bytes: int, numbers: Numbers) -> KVCache:

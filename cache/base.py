@@ -95,8 +95,6 @@ class KVCache(ABC):
     """May two sequences read one sealed page?"""
     graphable: ClassVar[bool]
     """Is a decode step free of host decisions?"""
-    page_size: ClassVar[int] = 64
-    """Tokens of a page, unless one is told otherwise."""
     n_recomputed: ClassVar[int] = 1
     """Prompt tokens at the end that a prefix hit always leaves to be computed."""
 
@@ -110,6 +108,11 @@ class KVCache(ABC):
     @abstractmethod
     def footprint(cls, spec: CacheSpec, config: Any) -> Footprint:
         """Bytes per token and per sequence; sizes the pools and admits requests."""
+
+    @classmethod
+    def default_page_size(cls, stored: str) -> int:
+        """Tokens of a page where nobody states them, by `--kv-cache-dtype`."""
+        return 64
 
     @classmethod
     def prepared(

@@ -179,8 +179,11 @@ class CSKVCache(FoldedCache):
     """Folded pages of latents."""
 
     _config: CSKVConfig
-    # With blocks of so few tokens, few wait in full pages for a group.
-    page_size = 16
+
+    @classmethod
+    def default_page_size(cls, stored: str) -> int:
+        # With blocks of so few tokens, few wait in full pages for a group.
+        return 16
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> CSKVConfig:

@@ -235,10 +235,6 @@ class Groups:
 class FoldedCache(DenseCache):
     """Full pages for prompts and recent tokens, folded ones for the rest."""
 
-    # Half of dense's: fewer tokens wait in pages that are not full. With less, scales of codes are
-    # shared by fewer tokens, and take more than that saves.
-    page_size = 32
-
     def __init__(
         self, spec: CacheSpec, rotary: RotaryTable, config: FoldedConfig, n_pages: int
     ) -> None:
@@ -263,6 +259,12 @@ class FoldedCache(DenseCache):
         )
         keys, values = (torch.split(pool, n_pages) for pool in self._all_full.unbind(2))
         return keys, values
+
+    @classmethod
+    def default_page_size(cls, stored: str) -> int:
+        # The smaller blocks are, the fewer tokens wait in full pages, which matters beside codes.
+        # With less, scales are shared by fewer tokens, and take more than that saves.
+        return super().default_page_size(stored) if BITS[stored] is None else 32
 
     @classmethod
     def fold(cls, spec: CacheSpec, config: Any) -> Fold:

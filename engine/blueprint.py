@@ -64,7 +64,7 @@ class Blueprint:
         config = resolve(config, hardware, architecture.checkpoint_dtype, weight_bytes(path))
         spec = architecture.cache_spec(
             identity(path),
-            config.cache.page_size or kind.page_size,
+            config.cache.page_size or kind.default_page_size(config.cache.dtype),
             served_len(config.model.max_len, architecture.max_position),
             config.scheduler.max_sequences,
             getattr(torch, config.model.dtype),

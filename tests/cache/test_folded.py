@@ -219,7 +219,7 @@ def test_a_pool_admits_more_of_what_is_smaller(
     whole = 2 * 128 * torch.bfloat16.itemsize
 
     def admitted(kind: str, dtype: str = "auto", **options: Any) -> tuple[FoldedCache, int]:
-        page_size = backend(kind, dtype).page_size
+        page_size = backend(kind, dtype).default_page_size(dtype)
         spec = dataclasses.replace(
             lab().spec,
             n_layers=1,

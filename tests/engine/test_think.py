@@ -187,7 +187,12 @@ def test_what_is_reported_is_what_is_allocated(engine_of: Callable):
 
 @pytest.mark.parametrize(
     ("cache", "page_size"),
-    [({"kind": "dense"}, 64), ({"kind": "dense", "dtype": "int8"}, 32), ({"kind": "think"}, 32)],
+    [
+        ({"kind": "dense"}, 64),
+        ({"kind": "dense", "dtype": "int8"}, 32),
+        ({"kind": "think"}, 64),
+        ({"kind": "think", "dtype": "int4"}, 32),
+    ],
     ids=str,
 )
 def test_pages_are_the_backends_own_unless_told(
