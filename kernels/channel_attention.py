@@ -13,7 +13,7 @@ each of folded pages or of full ones.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from .decode_attention import (
     add_up,
     attend_chunk,
     chunk_constants,
+    highest_of,
     merge_chunks,
     merge_sums,
     multiply_pages,
@@ -47,8 +48,8 @@ from .quantize import affine, unpack
 # widened and multiplied while the caches hold it: with half as many a step of 8,192 tokens took 5 %
 # longer, with four times as many 10 % (bfloat16, one core, AVX512_BF16).
 _TILE_BYTES = 2**22
-# Pages of a bundle: powers of this. Fewer and larger products, and fewer partial sums to add up.
-_BUNDLE_STEP = 4
+# Pages of a bundle, powers of two: fewer partial sums to add up one by one.
+_BUNDLES = (16, 4, 1)
 
 # Tokens of a Triton tile of codes, at most: with twice as many, programs for 128 channels spill on
 # an H200, and on an MI300X two do not find registers enough.
@@ -58,39 +59,31 @@ Kept = tuple[Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Bundles:
-    """Runs of equally many folded pages of one sequence each, which are multiplied as one matrix.
-
-    Attributes:
-        n_pages: pages of a bundle, C.
-        tiles: the pages of some bundles after the other, as an index of the pool.
-        pages: [bundles · C] int64 – the same in one.
-        owner: [bundles] int64 – sequence of each, among those that see folded pages.
-        partial: [m] int64 – bundles of which only some slots are visible.
-        hidden: [m, C · F] bool – slots of theirs that must not be read.
-    """
-
-    n_pages: int
-    tiles: tuple[slice | Tensor, ...]
-    pages: Tensor
-    owner: Tensor
-    partial: Tensor
-    hidden: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class FoldedPlan:
     """Which folded pages a decode step reads for whom.
 
+    An entry is a page that a sequence sees. A bundle is a run of a sequence's pages, whose parts of
+    the result are summed before the levels add up those of bundles.
+
     Attributes:
         sequences: [n] int64 – sequences that see any.
-        bundles: their pages, in bundles of several sizes.
+        tiles: the pages of some entries after the other, as an index of the pool.
+        pages: [entries] int64 – the same in one.
+        owner: [entries] int64 – sequence of each, among those that see any.
+        partial: [m] int64 – entries of which only some slots are visible.
+        hidden: [m, F] bool – slots of theirs that must not be read.
+        bundles: pages of a bundle and the number of such bundles, in the order of entries.
         levels: how the bundles' parts add up, as in `DecodePlan`.
         result: as in `DecodePlan`.
     """
 
     sequences: Tensor
-    bundles: tuple[Bundles, ...]
+    tiles: tuple[slice | Tensor, ...]
+    pages: Tensor
+    owner: Tensor
+    partial: Tensor
+    hidden: Tensor
+    bundles: tuple[tuple[int, int], ...]
     levels: Levels
     result: Tensor
 
@@ -133,7 +126,7 @@ def plan_channels(
         page_size: tokens of a full page.
         window: keys a query sees at most, its own included; None for all.
         device: of the pools.
-        token_bytes: bytes of one token's keys in one layer; decides which runs are worth a view.
+        token_bytes: bytes of one token's keys in one layer; decides how many are read at once.
 
     Raises:
         ValueError: a context is empty or longer than its pages.
@@ -160,7 +153,8 @@ def plan_channels(
             page_size,
             window,
             device,
-            token_bytes=token_bytes,
+            # oneDNN copies pages that do not touch, so that a view of them gains nothing.
+            token_bytes=1,
             first_token=folded_len,
         ),
         folded=folded,
@@ -177,11 +171,8 @@ def _plan_folded(
     tile_tokens: int,
 ) -> FoldedPlan:
     """Tokens [start, end) of each sequence, in as many bundles of the largest size as there are
-    and ever fewer of smaller ones: what is multiplied together depends on the sequence alone.
+    and ever fewer of smaller ones: what is summed together depends on the sequence alone.
     """
-    size = 1
-    while size * _BUNDLE_STEP * n_tokens <= tile_tokens:
-        size *= _BUNDLE_STEP
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
@@ -189,47 +180,36 @@ def _plan_folded(
     first = np.asarray(starts) // n_tokens
     last = -(-np.asarray(ends) // n_tokens)
     n_before = np.zeros(len(table), dtype=np.int64)
-    bundles, owners, ordinals = [], [], []
-    while size:
+    bundles, owners, ordinals, places = [], [], [], []
+    for size in _BUNDLES:
         counts = (last - first) // size
         owner = np.repeat(np.arange(len(table)), counts)
-        if len(owner):
-            ordinal = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-            begin = first[owner] + ordinal * size
-            pages = np.concatenate(
-                [
-                    np.asarray(row[at : at + n * size], dtype=np.int64)
-                    for row, at, n in zip(table, first.tolist(), counts.tolist(), strict=True)
-                ]
-            )
-            seen, unseen = np.asarray(starts)[owner], np.asarray(ends)[owner]
-            partial = np.flatnonzero(
-                (begin * n_tokens < seen) | ((begin + size) * n_tokens > unseen)
-            )
-            slots = begin[partial, None] * n_tokens + np.arange(size * n_tokens)
-            hidden = (slots < seen[partial, None]) | (slots >= unseen[partial, None])
-            n = max(1, tile_tokens // (size * n_tokens)) * size
-            bundles.append(
-                Bundles(
-                    n_pages=size,
-                    tiles=tuple(
-                        _selector(pages[at : at + n], put) for at in range(0, len(pages), n)
-                    ),
-                    pages=put(pages),
-                    owner=put(owner),
-                    partial=put(partial),
-                    hidden=put(hidden),
-                )
-            )
-            owners.append(owner)
-            ordinals.append(ordinal + n_before[owner])
+        ordinal = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places.append(((first[owner] + ordinal * size)[:, None] + np.arange(size)).ravel())
+        bundles.append((size, len(owner)))
+        owners.append(owner)
+        ordinals.append(ordinal + n_before[owner])
         first, n_before = first + counts * size, n_before + counts
-        size //= _BUNDLE_STEP
+    place = np.concatenate(places)
+    of_page = np.concatenate([np.repeat(o, size) for o, size in zip(owners, _BUNDLES, strict=True)])
+    begins = np.cumsum([0, *map(len, table[:-1])])
+    pages = np.concatenate([np.asarray(row, dtype=np.int64) for row in table])[
+        begins[of_page] + place
+    ]
+    seen, unseen = np.asarray(starts)[of_page], np.asarray(ends)[of_page]
+    partial = np.flatnonzero((place * n_tokens < seen) | ((place + 1) * n_tokens > unseen))
+    slots = place[partial, None] * n_tokens + np.arange(n_tokens)
     owner, ordinal = np.concatenate(owners), np.concatenate(ordinals)
     order = np.lexsort((ordinal, owner))
     levels, result = sum_levels(order, owner[order], ordinal[order])
+    n = max(1, tile_tokens // n_tokens)
     return FoldedPlan(
         sequences=torch.tensor(sequences, device=device),
+        tiles=tuple(_selector(pages[at : at + n], put) for at in range(0, len(pages), n)),
+        pages=put(pages),
+        owner=put(of_page),
+        partial=put(partial),
+        hidden=put((slots < seen[partial, None]) | (slots >= unseen[partial, None])),
         bundles=tuple(bundles),
         levels=tuple((put(left), put(right)) for left, right in levels),
         result=put(result),
@@ -274,108 +254,87 @@ def _sum_folded(
     q: Tensor, folded: FoldedPages, plan: FoldedPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """What `sum_pages` returns, for folded pages and queries [sequences, kv_heads, group, T]."""
-    scores = [_scores(q.index_select(0, part.owner), folded, part) for part in plan.bundles]
-    highest = q.new_full((*q.shape[:3], 1), -torch.inf, dtype=torch.float32)
-    for part, score in zip(plan.bundles, scores, strict=True):
-        if len(part.partial):
-            seen = score.index_select(0, part.partial)
-            seen.masked_fill_(part.hidden[:, None, None, :], -torch.inf)
-            score.index_copy_(0, part.partial, seen)
-        peak = score.amax(dim=-1, keepdim=True)
-        owner = part.owner.view(-1, 1, 1, 1).expand_as(peak)
-        # A maximum is exact in any order.
-        highest.scatter_reduce_(0, owner, peak, "amax")
-    sums = []
-    for part, score in zip(plan.bundles, scores, strict=True):
-        weight = score.sub_(highest.index_select(0, part.owner)).mul_(scale).exp_()
-        mass = weight.sum(dim=-1, keepdim=True)
-        sums.append(torch.cat((_weighted(weight, folded, part, q.dtype), mass), dim=-1))
-    return add_up(torch.cat(sums), plan.levels, plan.result), highest
+    weight = _scores(q.index_select(0, plan.owner), folded, plan)
+    if len(plan.partial):
+        seen = weight.index_select(0, plan.partial)
+        seen.masked_fill_(plan.hidden[:, None, None, :], -torch.inf)
+        weight.index_copy_(0, plan.partial, seen)
+    highest = highest_of(weight.amax(dim=-1, keepdim=True), plan.owner, len(q))
+    weight = weight.sub_(highest.index_select(0, plan.owner)).mul_(scale).exp_()
+    mass = _sum_bundles(weight.sum(dim=-1, keepdim=True), plan.bundles)
+    parts = torch.cat((_weighted(weight, folded, plan, q.dtype), mass), dim=-1)
+    return add_up(parts, plan.levels, plan.result), highest
 
 
-def _scores(q: Tensor, folded: FoldedPages, part: Bundles) -> Tensor:
-    """[bundles, kv_heads, group, C · F] float32 – products with keys of q [bundles, ...]."""
-    n, kv_heads, group, _ = q.shape
+def _sum_bundles(parts: Tensor, bundles: tuple[tuple[int, int], ...]) -> Tensor:
+    """Sum over each bundle's entries, in float32: [entries, ...] → [bundles, ...]."""
+    runs = parts.split([size * n for size, n in bundles])
+    return torch.cat(
+        [
+            run.view(n, size, *parts.shape[1:]).sum(dim=1, dtype=torch.float32)
+            for run, (size, n) in zip(runs, bundles, strict=True)
+        ]
+    )
+
+
+def _scores(q: Tensor, folded: FoldedPages, plan: FoldedPlan) -> Tensor:
+    """[entries, kv_heads, group, F] float32 – products with keys of q [entries, ...]."""
     keys, key_scale, bits = folded.keys, folded.key_scale, folded.bits
     if key_scale is None or bits is None:
         # Without scales to tell them apart all groups are one matrix.
         keys = keys.view(*keys.shape[:2], folded.n_tokens, -1)
-        return torch.cat(
-            [
-                multiply_pages(rows, _matrices(keys[tile], part, q.dtype), transposed=True)
-                for rows, tile in _with_tiles(q, part)
-            ]
-        ).float()
-    # [bundles, C, kv_heads, key_groups, group, T]
-    step, low = (
-        x.view(n, part.n_pages, kv_heads, -1, 1, folded.n_channels)
-        for x in affine(key_scale.index_select(0, part.pages), bits)
-    )
-    wide = q.float()[:, None, :, None]
-    base = (wide * low).sum(dim=5, keepdim=True)
-    rows_of = (wide * step).to(q.dtype).flatten(2, 3)
-    blocks = []
-    for rows, tile in _with_tiles(rows_of, part):
-        matrices = unpack(keys[tile].flatten(1, 2), bits, q.dtype)
-        blocks.append(multiply_pages(rows.flatten(0, 1), matrices, transposed=True))
-    score = torch.cat(blocks).float().view(*base.shape[:5], -1).add_(base)
-    return score.permute(0, 2, 4, 1, 3, 5).reshape(n, kv_heads, group, -1)
+        return _multiply(q, keys, plan, None, transposed=True).float()
+    # [entries, kv_heads, key_groups, group, T]
+    step, low = (x.unsqueeze(3) for x in affine(key_scale.index_select(0, plan.pages), bits))
+    wide = q.float().unsqueeze(2)
+    base = (wide * low).sum(dim=4, keepdim=True)
+    rows = (wide * step).to(q.dtype).flatten(1, 2)
+    score = _multiply(rows, keys.flatten(1, 2), plan, bits, transposed=True).float()
+    return score.view(*base.shape[:4], -1).add_(base).transpose(2, 3).flatten(3)
 
 
-def _weighted(weight: Tensor, folded: FoldedPages, part: Bundles, dtype: torch.dtype) -> Tensor:
-    """[bundles, kv_heads, group, U] float32 – sums of values with weights [..., C · F]."""
-    values, bits = folded.values, folded.bits
-    n, kv_heads, group, _ = weight.shape
-    wide, base = weight.unsqueeze(2), None
-    if folded.value_scale is not None and bits is not None:
-        # [bundles, C, kv_heads, value_groups, 2, F] to [bundles, kv_heads, value_groups, 2, C · F]
-        scale = folded.value_scale.index_select(0, part.pages)
-        scale = scale.view(n, part.n_pages, *scale.shape[1:]).permute(0, 2, 3, 4, 1, 5).flatten(4)
-        if len(part.partial):
-            # The scale of a hidden slot may be NaN, which a weight of zero does not silence.
-            seen = scale.index_select(0, part.partial)
-            seen.masked_fill_(part.hidden[:, None, None, None, :], 0)
-            scale = scale.contiguous().index_copy_(0, part.partial, seen)
-        step, low = (x.unsqueeze(3) for x in affine(scale, bits))
-        base = (wide * low).sum(dim=4, keepdim=True)
-        wide = wide * step
-    rows_of = wide.to(dtype).flatten(1, 2)
-    blocks = [
-        multiply_pages(
-            rows, _matrices(values[tile], part, dtype, bits).flatten(1, 2), transposed=False
+def _weighted(weight: Tensor, folded: FoldedPages, plan: FoldedPlan, dtype: torch.dtype) -> Tensor:
+    """[bundles, kv_heads, group, U] float32 – sums of values with weights [entries, ..., F]."""
+    values, value_scale, bits = folded.values, folded.value_scale, folded.bits
+    if value_scale is None or bits is None:
+        rows, values = weight.to(dtype), values.squeeze(2)
+        product = _multiply(rows, values, plan, None, transposed=False)
+        if bool(product.index_select(0, plan.partial).isnan().any()):
+            # As in `sum_pages`: a weight of zero does not silence a NaN in a hidden slot.
+            seen = values.index_select(0, plan.pages.index_select(0, plan.partial)).to(dtype)
+            seen.masked_fill_(plan.hidden[:, None, :, None], 0)
+            redone = multiply_pages(rows.index_select(0, plan.partial), seen, transposed=False)
+            product.index_copy_(0, plan.partial, redone)
+        return _sum_bundles(product, plan.bundles)
+    # [entries, kv_heads, value_groups, 2, F]
+    scale = value_scale.index_select(0, plan.pages)
+    if len(plan.partial):
+        # The scale of a hidden slot may be NaN, which a weight of zero does not silence.
+        seen = scale.index_select(0, plan.partial)
+        scale.index_copy_(
+            0, plan.partial, seen.masked_fill_(plan.hidden[:, None, None, None, :], 0)
         )
-        for rows, tile in _with_tiles(rows_of, part)
-    ]
-    product = torch.cat(blocks)
-    if bits is None and bool(product.index_select(0, part.partial).isnan().any()):
-        # As in `sum_pages`: a weight of zero does not silence a NaN in a hidden slot.
-        pages = part.pages.view(n, -1).index_select(0, part.partial).flatten()
-        seen = _matrices(values[pages], part, dtype).flatten(1, 2)
-        seen.masked_fill_(part.hidden[:, None, :, None], 0)
-        redone = multiply_pages(rows_of.index_select(0, part.partial), seen, transposed=False)
-        product.index_copy_(0, part.partial, redone)
-    product = product.float().view(n, kv_heads, -1, group, values.shape[-1] * 8 // (bits or 8))
-    if base is not None:
-        product += base
-    return product.transpose(2, 3).flatten(3)
+    step, low = (x.unsqueeze(3) for x in affine(scale, bits))
+    wide = weight.unsqueeze(2)
+    base = (wide * low).sum(dim=4, keepdim=True)
+    rows = (wide * step).to(dtype).flatten(1, 2)
+    product = _multiply(rows, values.flatten(1, 2), plan, bits, transposed=False)
+    product = _sum_bundles(product.view(*base.shape[:4], -1), plan.bundles)
+    return product.add_(_sum_bundles(base, plan.bundles)).transpose(2, 3).flatten(3)
 
 
-def _with_tiles(rows: Tensor, part: Bundles) -> Iterator[tuple[Tensor, slice | Tensor]]:
-    """Rows [bundles, ...] with the pages that they are multiplied with, tile by tile."""
+def _multiply(
+    rows: Tensor, stored: Tensor, plan: FoldedPlan, bits: int | None, *, transposed: bool
+) -> Tensor:
+    """`multiply_pages` of each entry's rows with what is stored in its page, tile by tile."""
+    products = []
     at = 0
-    for tile in part.tiles:
-        n = (tile.stop - tile.start if isinstance(tile, slice) else len(tile)) // part.n_pages
-        yield rows[at : at + n], tile
-        at += n
-
-
-def _matrices(pages: Tensor, part: Bundles, dtype: torch.dtype, bits: int | None = None) -> Tensor:
-    """A copy of pages [n · C, kv_heads, ..., F, a] as numbers [n, kv_heads, ..., C · F, a]."""
-    bundled = pages.view(-1, part.n_pages, *pages.shape[1:]).movedim(1, -3)
-    if bits is not None:
-        return unpack(bundled, bits, dtype).flatten(-3, -2)
-    out = torch.empty(bundled.shape, dtype=dtype, device=pages.device)
-    return out.copy_(bundled).flatten(-3, -2)
+    for tile in plan.tiles:
+        pages = stored[tile]
+        pages = pages.to(rows.dtype) if bits is None else unpack(pages, bits, rows.dtype)
+        products.append(multiply_pages(rows[at : at + len(pages)], pages, transposed=transposed))
+        at += len(pages)
+    return torch.cat(products)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

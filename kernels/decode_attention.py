@@ -222,7 +222,7 @@ def sum_pages(
         score.index_copy_(0, plan.partial, seen)
 
     weight = score.float()
-    highest = highest_of(weight.amax(dim=-1, keepdim=True), plan)
+    highest = highest_of(weight.amax(dim=-1, keepdim=True), plan.owner, plan.n_sequences)
     weight = weight.sub_(highest.index_select(0, plan.owner)).mul_(scale).exp_()
     mass = weight.sum(dim=-1, keepdim=True)
     weight = weight.to(q.dtype)
@@ -259,10 +259,10 @@ def merge_sums(
     sums.index_copy_(0, rows, here)
 
 
-def highest_of(peak: Tensor, plan: DecodePlan) -> Tensor:
+def highest_of(peak: Tensor, owner: Tensor, n_sequences: int) -> Tensor:
     """Maximum over each sequence's entries: [entries, ...] → [sequences, ...]."""
-    highest = peak.new_full((plan.n_sequences, *peak.shape[1:]), -torch.inf)
-    owner = plan.owner.view(-1, *(1,) * (peak.ndim - 1)).expand_as(peak)
+    highest = peak.new_full((n_sequences, *peak.shape[1:]), -torch.inf)
+    owner = owner.view(-1, *(1,) * (peak.ndim - 1)).expand_as(peak)
     # A maximum is exact in any order.
     return highest.scatter_reduce_(0, owner, peak, "amax")
 
