@@ -45,7 +45,11 @@ from ..models.loader import identity, locate
 
 # ThinK keeps a multiple of 16 channels. Of the demo model's 64 these are 48 and 32; 0.375 would be
 # 48 again.
-SETTINGS = every_form("dense", "think prune_ratio=0.25", "think prune_ratio=0.5")
+SETTINGS = (
+    *every_form("dense", "think prune_ratio=0.25", "think prune_ratio=0.5"),
+    *every_form("cskv keep=0.5", "cskv keep=0.2", "cskv keep=0.125"),
+    *every_form("cskv keep=0.2 mode=selective budget=512"),
+)
 # A long answer is four sentences of twelve tokens with one more for its end.
 MAX_NEW_TOKENS = 60
 # Chat template, question and answer beside the document.
