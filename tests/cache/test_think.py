@@ -108,7 +108,7 @@ def test_attention_is_that_over_keys_with_dropped_channels_zeroed(
         got = one.decode(seq, [token])
         assert len(seq.folded) * N_FOLD == n_folded
         want = one.exact(seq.tokens, 1, zeroed(one, seq, n_folded))
-        torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-6)
+        torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
         one.check()
     dense = one.exact(seq.tokens, 1)
     assert (want - dense).abs().max() > 1e-3
@@ -123,7 +123,7 @@ def test_generated_tokens_can_stay_whole(lab: Callable):
     # Those prompt tokens fold, too, that were recent when the prompt was complete.
     assert len(seq.folded) == 100 // N_FOLD
     want = one.exact(seq.tokens, 1, zeroed(one, seq, N_FOLD * (100 // N_FOLD)))
-    torch.testing.assert_close(got[:, -1:].double(), want, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(got[:, -1:].double(), want, atol=1e-6, rtol=1e-6)
 
 
 def test_values_can_lose_channels_too(lab: Callable):
@@ -139,7 +139,7 @@ def test_values_can_lose_channels_too(lab: Callable):
     assert torch.equal(kept, energy.topk(16).indices.sort().values)
     values[:, :n_folded] *= torch.zeros_like(energy).scatter_(2, kept, 1.0).unsqueeze(1)
     want = one.exact(seq.tokens, 1, zeroed(one, seq, n_folded), values)
-    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
     one.check()
 
 
@@ -152,8 +152,8 @@ def test_a_window_hides_folded_tokens(lab: Callable):
     got = one.decode(seq, [7])
     keys = zeroed(one, seq, N_FOLD * len(seq.folded))
     want = one.exact(seq.tokens, 1, keys)
-    torch.testing.assert_close(got[0].double(), want[0], atol=2e-6, rtol=1e-6)
-    torch.testing.assert_close(got[1].double(), within(one, seq, keys, 70), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(got[0].double(), want[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(got[1].double(), within(one, seq, keys, 70), atol=1e-6, rtol=1e-6)
 
 
 def within(one, seq, keys: torch.Tensor, window: int) -> torch.Tensor:
