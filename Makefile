@@ -34,8 +34,9 @@ check: $(DEV)
 	rm -rf build && $(BIN)/pip install --quiet --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy -p kvfold
 
+# Whole files per process: what fixtures share is made once. Those with slow tests come first.
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # With the Python that is there: which build of torch drives the GPU is not ours to choose.
 test-gpu: $(LINK)

@@ -126,7 +126,7 @@ async def stream(api: openai.AsyncOpenAI, prompt: str, give_up_after: int | None
     """The text of one streamed completion, or of its first chunks."""
     text = ""
     reply = await api.completions.create(
-        model="kvfold-demo", prompt=prompt, max_tokens=48, temperature=1.0, stream=True
+        model="kvfold-demo", prompt=prompt, max_tokens=24, temperature=1.0, stream=True
     )
     n_chunks = 0
     finish = None
@@ -230,7 +230,7 @@ def test_a_killed_engine_ends_every_stream_in_an_error_and_comes_back(server: Se
 
 @pytest.mark.slow
 def test_sigterm_lets_open_requests_finish():
-    server = Server("--in-process")
+    server = Server("--in-process", "--shutdown-timeout", str(START_S))
 
     async def scenario() -> str:
         async with client(server) as api:

@@ -45,6 +45,10 @@ FOLDING = [
     {"kind": "dense", "dtype": "int4", "options": {"recent": 0}},
     {"kind": "cskv", "options": {"recent": 0, "keep": 0.5, "exact_prefill": False}},
     {"kind": "cskv", "dtype": "int8", "options": {"recent": 0, "mode": "selective", "budget": 16}},
+    {
+        "kind": "shadowkv",
+        "options": {"recent": 0, "threshold": 16, "budget": 8, "outliers": 1, "rank": 48},
+    },
 ]
 
 
@@ -54,8 +58,13 @@ def test_a_replayed_step_says_what_a_launched_one_says(
     far_engine_of: Callable, replayed: list[int], cache: dict[str, Any] | None, overlaps: bool
 ):
     if cache is not None:
-        kind = {"think": "TableThink", "dense": "TableFolded", "cskv": "TableCSKV"}[cache["kind"]]
-        cache = {**cache, "kind": f"table_cache:{kind}"}
+        kinds = {
+            "think": "TableThink",
+            "dense": "TableFolded",
+            "cskv": "TableCSKV",
+            "shadowkv": "TableShadowKV",
+        }
+        cache = {**cache, "kind": f"table_cache:{kinds[cache['kind']]}"}
 
     def texts(eager: bool) -> list[list]:
         one = far_engine_of(
@@ -111,30 +120,48 @@ def test_what_recording_cost_is_reported(far_engine_of: Callable):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
-@pytest.mark.parametrize("cache", [None, *FOLDING], ids=str)
+@pytest.mark.parametrize(
+    ("cache", "folds_at"),
+    [(None, 20), *zip(FOLDING[1:], (63, 53, 16, 16, 16), strict=True)],
+    ids=str,
+)
 def test_the_kernels_of_a_device_say_the_same_in_filled_and_overlapping_steps(
     engine_of: Callable,
     far_engine_of: Callable,
     replayed: list[int],
     cache: dict[str, Any] | None,
+    folds_at: int,
 ):
     pytest.importorskip("triton")
 
-    def texts(make: Callable, **settings: Any) -> list[list[Output]]:
-        one = make(max_sequences=4, max_tokens=32, cache=cache, **settings)
-        for i in range(3):
-            # The longest folds at once, another while it is answered.
-            prompt = [3 + (i * j) % 90 for j in range(1, 4 + 23 * i)]
-            one.add(f"r{i}", prompt, max_tokens=7 - i, logprobs=0)
-        one.run()
-        return [one.outputs[f"r{i}", 0] for i in range(3)]
+    def texts(make: Callable, path: dispatch.Path, **settings: Any) -> list[list[Output]]:
+        one = make(page_size=8, max_len=160, max_sequences=4, cache=cache, **settings)
 
-    plain = texts(engine_of, overlaps=False)
+        def ask(name: str, n: int) -> None:
+            one.add(name, [3 + (n * j) % 90 for j in range(n)], max_tokens=5, logprobs=0)
+
+        # One folds at once, another while it is answered.
+        ask("folded", 2 * folds_at)
+        ask("folds", folds_at - 2)
+        # What is long is left to torch, here and in a start's dry run: the interpreter is slow.
+        one.step()
+        folded = set()
+        with dispatch.forced(path):
+            ask("short", 3)
+            while one.engine.has_work:
+                one.step()
+                folded.add(one.engine.stats().kv_bytes.get("folded"))
+        assert cache is None or len(folded - {0}) > 1
+        return [one.outputs[name, 0] for name in ("folded", "folds", "short")]
+
+    plain = texts(engine_of, "torch", overlaps=False)
     # The interpreter warns of infinities and NaN, which a device makes in silence.
-    with dispatch.forced("triton"), np.errstate(all="ignore"):
-        ours = texts(far_engine_of, kind="dense", overlaps=True)
+    with np.errstate(all="ignore"):
+        ours = texts(far_engine_of, "triton", kind="dense", overlaps=True)
     assert 4 in replayed
     for one, other in zip(ours, plain, strict=True):
         assert [o.tokens for o in one] == [o.tokens for o in other]
         scores = [[entry.logprob for o in text for entry in o.logprobs] for text in (one, other)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        # Where codes are kept, a key that rounds the other way may shift its group's scale.
+        tolerance = 1e-3 if cache and "dtype" in cache else 1e-4
+        assert scores[0] == pytest.approx(scores[1], abs=tolerance)

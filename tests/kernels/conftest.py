@@ -43,17 +43,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("path", cases, indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Sees which kernels the others have run.
-    items.sort(key=lambda item: "interpreted" in getattr(item, "fixturenames", ()))
-
-
-@pytest.fixture(scope="session")
-def interpreted() -> set[str]:
-    """Kernels, as module.name, that ran in the interpreter so far."""
-    return set()
-
-
 @pytest.fixture
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Send kernels along one path, and the tensors that a test makes to its device."""
@@ -61,12 +50,16 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
     device = torch.device("cuda" if name == "cuda" else "cpu")
     with pytest.MonkeyPatch.context() as patch:
         if name == "interpreter":
-            _record(patch, request.getfixturevalue("interpreted"))
+            names: list[str] = []
+            # What a test reports of itself reaches whoever hears all tests, from other processes.
+            request.node.user_properties.append(("interpreted", names))
+            _record(patch, names)
         with device, dispatch.forced("torch" if name == "torch" else "triton"):
             yield name
 
 
-def _record(patch: pytest.MonkeyPatch, interpreted: set[str]) -> None:
+def _record(patch: pytest.MonkeyPatch, names: list[str]) -> None:
+    """Note the kernels, as module.name, that run in the interpreter."""
     from triton.runtime.interpreter import InterpretedFunction
 
     run = InterpretedFunction.run
@@ -75,7 +68,9 @@ def _record(patch: pytest.MonkeyPatch, interpreted: set[str]) -> None:
         # A device makes infinities and NaN in silence, too.
         with np.errstate(all="ignore"):
             run(kernel, *args, **options)
-        interpreted.add(f"{kernel.fn.__module__}.{kernel.fn.__name__}")
+        name = f"{kernel.fn.__module__}.{kernel.fn.__name__}"
+        if name not in names:
+            names.append(name)
 
     patch.setattr(InterpretedFunction, "run", recording)
 
@@ -88,6 +83,11 @@ def contexts(load_file: Callable[[Path], ModuleType]) -> ModuleType:
 @pytest.fixture(scope="session")
 def prove(load_file: Callable[[Path], ModuleType]) -> ModuleType:
     return load_file(HERE / "prove.py")
+
+
+@pytest.fixture(scope="session")
+def declared(load_file: Callable[[Path], ModuleType]) -> ModuleType:
+    return load_file(HERE / "declared.py")
 
 
 @pytest.fixture

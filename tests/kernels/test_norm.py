@@ -72,7 +72,7 @@ def test_scattered_columns_are_refused() -> None:
 
 def launches() -> None:
     """Hidden sizes and head widths of the supported models; float32 differs in registers only."""
-    for dtype, dims in ((torch.bfloat16, (64, 128, 896, 4096, 8192)), (torch.float32, (8192,))):
+    for dtype, dims in ((torch.bfloat16, (64, 896, 8192)), (torch.float32, (8192,))):
         for tokens, dim in itertools.product((1, 2**17), dims):
             x, weight = torch.empty(tokens, dim, dtype=dtype), torch.empty(dim, dtype=dtype)
             add_rms_norm(x, x, weight, EPS)

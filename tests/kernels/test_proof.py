@@ -1,13 +1,10 @@
-"""Every kernel runs in the interpreter, and compiles for every GPU we mean within its limits."""
+"""Every kernel compiles for every GPU we mean, within its limits."""
 
-import ast
 import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections import defaultdict
-from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -56,57 +53,6 @@ SPILLED: dict[tuple[str, str], int] = {
 GRID = (2**31 - 1, 65535, 65535)
 
 
-def declared() -> dict[str, set[str]]:
-    """Every function that is given to `jit`, as module.name, with those that it calls."""
-    root = HERE.parents[1]
-    project = tomllib.loads((root / "pyproject.toml").read_text())
-    found = {}
-    for package in project["tool"]["setuptools"]["packages"]:
-        for file in root.joinpath(*package.split(".")[1:]).glob("*.py"):
-            found |= kernels_in(file.read_text(), package, file.stem)
-    return found
-
-
-def kernels_in(source: str, package: str, module: str) -> dict[str, set[str]]:
-    """The same of one module."""
-    tree = ast.parse(source)
-    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    full_names = {name: f"{package}.{module}.{name}" for name in functions}
-    names = {name for name, node in functions.items() if any(map(is_jit, node.decorator_list))}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            origin = resolve_name("." * node.level + (node.module or ""), package)
-            full_names |= {one.asname or one.name: f"{origin}.{one.name}" for one in node.names}
-        elif isinstance(node, ast.Call) and is_jit(node.func):
-            names |= {ast.unparse(argument) for argument in node.args}
-    return {
-        f"{package}.{module}.{name}": {
-            full_names.get(called := ast.unparse(node.func), called)
-            for node in ast.walk(functions.get(name, ast.Pass()))
-            if isinstance(node, ast.Call)
-        }
-        for name in names
-    }
-
-
-def is_jit(node: ast.expr) -> bool:
-    """`jit`, `dispatch.jit`, or a call of it, which gives it options."""
-    return ast.unparse(node.func if isinstance(node, ast.Call) else node).endswith("jit")
-
-
-def uncovered(launched: set[str]) -> set[str]:
-    """Kernels that neither were launched nor serve one that was."""
-    kernels = declared()
-    todo = list(launched)
-    covered = set()
-    while todo:
-        name = todo.pop()
-        if name in kernels and name not in covered:
-            covered.add(name)
-            todo += kernels[name]
-    return set(kernels) - covered
-
-
 @pytest.mark.parametrize(
     "source",
     [
@@ -117,8 +63,8 @@ def uncovered(launched: set[str]) -> set[str]:
     ],
     ids=["decorated", "with options", "called", "called with options"],
 )
-def test_a_kernel_is_found_however_it_is_declared(source: str) -> None:
-    found = kernels_in(f"from ..paged import g, h\n{source}", "kvfold.kernels", "x")
+def test_a_kernel_is_found_however_it_is_declared(declared: ModuleType, source: str) -> None:
+    found = declared.kernels_in(f"from ..paged import g, h\n{source}", "kvfold.kernels", "x")
     assert set(found) == {"kvfold.kernels.x.f"}
     called = found["kvfold.kernels.x.f"]
     assert "kvfold.paged.g" in called
@@ -138,8 +84,10 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[SimpleNamespace]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_compiles(compiled: list[SimpleNamespace], target: str) -> None:
-    assert not uncovered({one.kernel for one in compiled if one.target == target})
+def test_every_kernel_compiles(
+    declared: ModuleType, compiled: list[SimpleNamespace], target: str
+) -> None:
+    assert not declared.uncovered({one.kernel for one in compiled if one.target == target})
 
 
 def is_within_limits(one: SimpleNamespace) -> bool:
@@ -258,15 +206,3 @@ def test_a_narrow_offset_is_found(prove: ModuleType, lines: list[str], is_narrow
         "%3 = tt.addptr %p, %1 : !tt.ptr<f32>, i32",
     ]
     assert bool(list(prove._narrow("\n".join(ttir)))) == is_narrow
-
-
-def test_every_kernel_ran_in_the_interpreter(
-    request: pytest.FixtureRequest, interpreted: set[str]
-) -> None:
-    """Collected last; says nothing where tests of kernels were left out."""
-    chosen = {item.path.name for item in request.session.items}
-    options = request.config.option
-    is_whole = chosen >= {f.name for f in HERE.glob("test_*.py")}
-    if not is_whole or options.keyword or options.markexpr or not interpreted:
-        pytest.skip("only a whole run in the interpreter can tell")
-    assert not uncovered(interpreted)
