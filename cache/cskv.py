@@ -30,7 +30,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -477,7 +477,13 @@ class CSKVCache(FoldedCache):
                 keys[page, :, slot], values[page, :, slot] = k, v
         return keys, values
 
-    _lay_out: ClassVar[Callable[..., Any]] = staticmethod(plan_latents)
+    def _lay_out(self, *geometry: Any, **options: Any) -> Any:
+        config = self._config
+        if config.is_selective:
+            options |= {"unit": config.chunk, "budget": config.budget}
+        else:
+            options["unit"] = self._fold.group_tokens
+        return plan_latents(*geometry, **options)
 
     def _split(self, geometry: Geometry, window: int | None) -> Any:
         spec, landmarks = self._spec, self._layers[0].landmarks

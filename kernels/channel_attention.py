@@ -28,7 +28,9 @@ from .decode_attention import (
     SplitPlan,
     add_up,
     attend_chunk,
+    bundle,
     chunk_constants,
+    first_seen,
     highest_of,
     merge_chunks,
     merge_sums,
@@ -36,7 +38,6 @@ from .decode_attention import (
     n_programs,
     plan_decode,
     plan_split,
-    sum_levels,
     sum_pages,
 )
 from .dispatch import check, jit, tl
@@ -131,16 +132,14 @@ def plan_channels(
     Raises:
         ValueError: a context is empty or longer than its pages.
     """
-    starts = [0 if window is None else max(0, length - window) for length in context_len]
-    rows = [
-        row for row, (start, end) in enumerate(zip(starts, folded_len, strict=True)) if start < end
-    ]
+    starts, ends = first_seen(context_len, window), np.asarray(folded_len, dtype=np.int64)
+    rows = np.flatnonzero(starts < ends)
     folded = None
-    if rows:
+    if len(rows):
         folded = _plan_folded(
-            [folded_table[row] for row in rows],
-            [starts[row] for row in rows],
-            [folded_len[row] for row in rows],
+            [folded_table[row] for row in rows.tolist()],
+            starts[rows],
+            ends[rows],
             rows,
             n_tokens,
             device,
@@ -163,56 +162,40 @@ def plan_channels(
 
 def _plan_folded(
     table: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    ends: Sequence[int],
-    sequences: Sequence[int],
+    starts: np.ndarray,
+    ends: np.ndarray,
+    sequences: np.ndarray,
     n_tokens: int,
     device: torch.device,
     tile_tokens: int,
 ) -> FoldedPlan:
-    """Tokens [start, end) of each sequence, in as many bundles of the largest size as there are
-    and ever fewer of smaller ones: what is summed together depends on the sequence alone.
-    """
+    """Tokens [start, end) of each sequence."""
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
 
-    first = np.asarray(starts) // n_tokens
-    last = -(-np.asarray(ends) // n_tokens)
-    n_before = np.zeros(len(table), dtype=np.int64)
-    bundles, owners, ordinals, places = [], [], [], []
-    for size in _BUNDLES:
-        counts = (last - first) // size
-        owner = np.repeat(np.arange(len(table)), counts)
-        ordinal = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        places.append(((first[owner] + ordinal * size)[:, None] + np.arange(size)).ravel())
-        bundles.append((size, len(owner)))
-        owners.append(owner)
-        ordinals.append(ordinal + n_before[owner])
-        first, n_before = first + counts * size, n_before + counts
-    place = np.concatenate(places)
-    of_page = np.concatenate([np.repeat(o, size) for o, size in zip(owners, _BUNDLES, strict=True)])
+    first = starts // n_tokens
+    bundles = bundle(-(-ends // n_tokens) - first, _BUNDLES)
+    of_page = bundles.part_owner
+    place = first[of_page] + bundles.part
     begins = np.cumsum([0, *map(len, table[:-1])])
     pages = np.concatenate([np.asarray(row, dtype=np.int64) for row in table])[
         begins[of_page] + place
     ]
-    seen, unseen = np.asarray(starts)[of_page], np.asarray(ends)[of_page]
+    seen, unseen = starts[of_page], ends[of_page]
     partial = np.flatnonzero((place * n_tokens < seen) | ((place + 1) * n_tokens > unseen))
     slots = place[partial, None] * n_tokens + np.arange(n_tokens)
-    owner, ordinal = np.concatenate(owners), np.concatenate(ordinals)
-    order = np.lexsort((ordinal, owner))
-    levels, result = sum_levels(order, owner[order], ordinal[order])
     n = max(1, tile_tokens // n_tokens)
     return FoldedPlan(
-        sequences=torch.tensor(sequences, device=device),
+        sequences=put(sequences),
         tiles=tuple(_selector(pages[at : at + n], put) for at in range(0, len(pages), n)),
         pages=put(pages),
         owner=put(of_page),
         partial=put(partial),
         hidden=put((slots < seen[partial, None]) | (slots >= unseen[partial, None])),
-        bundles=tuple(bundles),
-        levels=tuple((put(left), put(right)) for left, right in levels),
-        result=put(result),
+        bundles=tuple(zip(_BUNDLES, bundles.counts, strict=True)),
+        levels=tuple((put(left), put(right)) for left, right in bundles.levels),
+        result=put(bundles.result),
     )
 
 
@@ -268,7 +251,7 @@ def _sum_folded(
 
 def _sum_bundles(parts: Tensor, bundles: tuple[tuple[int, int], ...]) -> Tensor:
     """Sum over each bundle's entries, in float32: [entries, ...] → [bundles, ...]."""
-    runs = parts.split([size * n for size, n in bundles])
+    runs = torch.split(parts, [size * n for size, n in bundles])
     return torch.cat(
         [
             run.view(n, size, *parts.shape[1:]).sum(dim=1, dtype=torch.float32)

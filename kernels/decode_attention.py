@@ -90,6 +90,7 @@ def plan_decode(
     *,
     token_bytes: int = 512,
     first_token: Sequence[int] | None = None,
+    slots: Sequence[tuple[Sequence[int], int]] | None = None,
 ) -> DecodePlan:
     """Lay out one decode step: host work once per step, shared by all layers of one page shape.
 
@@ -101,33 +102,68 @@ def plan_decode(
         device: of the pools.
         token_bytes: bytes of one token's keys in one layer; decides which runs are worth a view.
         first_token: per sequence the keys at its start that are hidden; None for none.
+        slots: per sequence more pages, of keys that come before all others, and how many keys these
+            are, maybe 0; None for none.
 
     Raises:
         ValueError: a context is empty or longer than its pages.
     """
     ends = np.asarray(context_len, dtype=np.int64)
-    starts = np.maximum(ends - window, 0) if window is not None else np.zeros_like(ends)
+    starts = first_seen(context_len, window)
     if first_token is not None:
         starts = np.maximum(starts, first_token)
-    first_page, end_page = starts // page_size, -(-ends // page_size)
     for row, (pages, end) in enumerate(zip(page_table, ends, strict=True)):
         if not 0 < end <= len(pages) * page_size:
             raise ValueError(
                 f"context_len[{row}] is {end}, wanted 1 to {len(pages) * page_size},"
                 f" the room in {len(pages)} pages of {page_size}"
             )
-    visible = [
-        np.asarray(pages, dtype=np.int64)[a:b]
-        for pages, a, b in zip(page_table, first_page, end_page, strict=True)
-    ]
-    counts = end_page - first_page
-    page = np.concatenate(visible)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    ordinal = np.arange(len(page)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins_at = (ordinal + first_page[owner]) * page_size
-    first = np.maximum(starts[owner] - begins_at, 0)
-    last = np.minimum(ends[owner] - begins_at, page_size)
+    entries = _entries(page_table, starts, ends, page_size)
+    if slots is not None:
+        tables, lengths = zip(*slots, strict=True)
+        first = _entries(tables, np.zeros_like(ends), np.asarray(lengths), page_size)
+        entries = np.concatenate((first, entries), axis=1)
+        entries = entries[:, np.argsort(entries[1], kind="stable")]
+    return _lay_out(len(ends), entries, page_size, device, token_bytes)
 
+
+def _entries(
+    page_table: Sequence[Sequence[int]], starts: np.ndarray, ends: np.ndarray, page_size: int
+) -> np.ndarray:
+    """[4, entries] int64, for the tokens starts[s] … ends[s] - 1 of every sequence s in turn.
+
+    Per page of theirs itself, s, the first token in it that is visible and that behind the last.
+    """
+    first_page, end_page = starts // page_size, -(-ends // page_size)
+    counts = end_page - first_page
+    owner = np.repeat(np.arange(len(counts)), counts)
+    begins_at = (_ordinal(owner) + first_page[owner]) * page_size
+    page = np.concatenate(
+        [
+            np.asarray(pages, dtype=np.int64)[a:b]
+            for pages, a, b in zip(page_table, first_page, end_page, strict=True)
+        ]
+    )
+    assert len(page) == len(owner), f"keys up to {ends.tolist()} are not in the pages {page_table}"
+    first = np.maximum(starts[owner] - begins_at, 0)
+    return np.stack((page, owner, first, np.minimum(ends[owner] - begins_at, page_size)))
+
+
+def first_seen(context_len: Sequence[int], window: int | None) -> np.ndarray:
+    """[S] int64 – of each context the first key that its query sees."""
+    ends = np.asarray(context_len, dtype=np.int64)
+    return np.zeros_like(ends) if window is None else np.maximum(ends - window, 0)
+
+
+def _ordinal(owner: np.ndarray) -> np.ndarray:
+    """Place of each entry among those of its sequence, which follow each other."""
+    return np.arange(len(owner)) - np.searchsorted(owner, owner)
+
+
+def _lay_out(
+    n_sequences: int, entries: np.ndarray, page_size: int, device: torch.device, token_bytes: int
+) -> DecodePlan:
+    page, owner, first, last = entries
     order, runs = _order(page, max(1, _GATHER_BYTES // (page_size * token_bytes)))
     n_viewed = sum(n for _, n in runs)
     is_partial = (first > 0) | (last < page_size)
@@ -135,13 +171,13 @@ def plan_decode(
     slots = np.arange(page_size)
     cut = order[partial]
     hidden = (slots < first[cut, None]) | (slots >= last[cut, None])
-    levels, result = sum_levels(np.argsort(order), owner, ordinal)
+    levels, result = sum_levels(np.argsort(order), owner, _ordinal(owner))
 
     def put(x: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
 
     return DecodePlan(
-        n_sequences=len(counts),
+        n_sequences=n_sequences,
         owner=put(owner[order]),
         runs=runs,
         gathered=put(page[order[n_viewed:]]),
@@ -167,6 +203,62 @@ def _order(page: np.ndarray, least: int) -> tuple[np.ndarray, tuple[tuple[int, i
     runs = tuple(zip(ordered[begin[is_long]].tolist(), length[is_long].tolist(), strict=True))
     viewed = np.repeat(is_long, length)
     return np.concatenate((order[viewed], order[~viewed])), runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundles:
+    """Parts of sequences in runs, within which they are summed before the levels add those up.
+
+    Attributes:
+        counts: bundles of each size, in the order of sizes and therein of sequences.
+        owner: [bundles] – sequence of each.
+        part_owner: [parts] – sequence of each part, bundle by bundle.
+        part: [parts] – its place within the sequence.
+        levels, result: as in `DecodePlan`, of the bundles, on the host.
+    """
+
+    counts: tuple[int, ...]
+    owner: np.ndarray
+    part_owner: np.ndarray
+    part: np.ndarray
+    levels: list[tuple[np.ndarray, np.ndarray]]
+    result: np.ndarray
+
+
+def bundle(counts: np.ndarray, sizes: Sequence[int]) -> Bundles:
+    """As many bundles of the first size as a sequence's parts fill, then of the next.
+
+    What is summed together thereby depends on the sequence alone. The last bundle of a sequence has
+    places behind its last part unless the last size divides all others' rest.
+
+    Args:
+        counts: [n] – parts of each sequence.
+        sizes: parts of a bundle, from many to few.
+    """
+    done, n_before = np.zeros_like(counts), np.zeros_like(counts)
+    owners, ordinals, part_owners, parts, n_bundles = [], [], [], [], []
+    for size in sizes:
+        left = counts - done
+        n = -(-left // size) if size == sizes[-1] else left // size
+        owner = np.repeat(np.arange(len(n)), n)
+        ordinal = _ordinal(owner)
+        owners.append(owner)
+        ordinals.append(n_before[owner] + ordinal)
+        part_owners.append(np.repeat(owner, size))
+        parts.append(((done[owner] + ordinal * size)[:, None] + np.arange(size)).ravel())
+        n_bundles.append(len(owner))
+        done, n_before = done + n * size, n_before + n
+    owner, ordinal = np.concatenate(owners), np.concatenate(ordinals)
+    order = np.lexsort((ordinal, owner))
+    levels, result = sum_levels(order, owner[order], ordinal[order])
+    return Bundles(
+        counts=tuple(n_bundles),
+        owner=owner,
+        part_owner=np.concatenate(part_owners),
+        part=np.concatenate(parts),
+        levels=levels,
+        result=result,
+    )
 
 
 def sum_levels(
@@ -311,7 +403,8 @@ def multiply_pages(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
         if size * kv_heads < least:
             times = -(-least // (size * kv_heads))
             left, right = left.repeat(times, 1, 1, 1), right.repeat(times, 1, 1, 1)
-        matrices = right.flatten(0, 1)
+        # A product of transposed matrices that lie apart would copy them number by number.
+        matrices = right.flatten(0, 1).contiguous()
         product = torch.bmm(left.flatten(0, 1), matrices.mT if transposed else matrices)
         blocks.append(product[: size * kv_heads])
     product = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
@@ -455,6 +548,50 @@ def plan_split(
         BLOCK=_BLOCK,
     )
     return plan
+
+
+def plan_slot_split(
+    table: Tensor,
+    n_slot_pages: int,
+    slot_len: Tensor,
+    context_len: Tensor,
+    folded_len: Tensor,
+    k_pages: Tensor,
+    heads: int,
+    *,
+    least_chunk: int = LEAST_CHUNK,
+) -> SplitPlan:
+    """`plan_split` where slots, tokens of other pages of the same pools, replace the first keys.
+
+    Args:
+        table: [S, n_slot_pages + P] int32 – of every sequence first the pages of its slots, then
+            those of its context, page i for tokens [i · page_size, …) (read); those of tokens that
+            slots replace are not read.
+        n_slot_pages: pages of slots in a row; chunks depend on it, so it is to be constant.
+        slot_len: [S] int32 – keys in them, from the first token on (read).
+        context_len: [S] int32 – keys of each context, the query's own included (read); the result
+            of a row that has none, nor slots, is 0.
+        folded_len: [S] int32 – how many of these, the first, slots replace (read).
+        k_pages: [pages, kv_heads, page_size, head_dim] – any layer's keys, for their shape.
+        heads: query heads.
+        least_chunk: keys of a chunk, at least.
+
+    Raises:
+        ValueError: an argument's shape or dtype does not fit the others.
+    """
+    # Slots lie before the context, which begins at a page: both are places of one row of pages.
+    before = n_slot_pages * k_pages.shape[2]
+    tile, _ = tile_of(k_pages.shape[3], k_pages.dtype)
+    leading = LeadingKeys(
+        table=table,
+        length=folded_len + before,
+        align=tile,
+        least_chunk=least_chunk,
+        read=slot_len,
+    )
+    return plan_split(
+        table, context_len + before, k_pages, heads, None, least_chunk=least_chunk, leading=leading
+    )
 
 
 @jit

@@ -68,24 +68,76 @@ def write_folded(k: Tensor, v: Tensor, pages: Tensor, groups: Tensor, out: Folde
     Raises:
         ValueError: the shapes do not fit the pages.
     """
-    n = len(pages)
-    _, kv_heads, key_groups, group_tokens, _ = out.keys.shape
-    check(k, "k", shape=(n, kv_heads, group_tokens, out.n_channels))
-    check(v, "v", shape=(n, kv_heads, group_tokens, out.n_value_channels))
-    check(groups, "groups", shape=(n,))
-    by_group = out.values.view(*out.values.shape[:3], key_groups, group_tokens, -1)
-    v = v.reshape(*v.shape[:3], out.values.shape[2], -1).transpose(2, 3)
-    if out.bits is None:
-        out.keys[pages, :, groups] = _stored(k, out.keys.dtype)
-        by_group[pages, :, :, groups] = _stored(v, out.values.dtype)
+    check(v, "v", shape=(*k.shape[:3], None))
+    write_keys(k, pages, groups, out.bits, out.keys, out.key_scale)
+    write_values(v, pages, groups, out.bits, out.values, out.value_scale)
+
+
+def write_keys(
+    k: Tensor,
+    pages: Tensor,
+    groups: Tensor,
+    bits: int | None,
+    out: Tensor,
+    out_scale: Tensor | None,
+) -> None:
+    """The keys' part of `write_folded`.
+
+    Args:
+        k: [n, kv_heads, group_tokens, T] float (read).
+        pages: [n] int64 – the page of each group (read).
+        groups: [n] int64 – its place among the page's groups (read).
+        bits: of a code; None for floats.
+        out: `FoldedPages.keys` (written).
+        out_scale: `FoldedPages.key_scale` (written).
+
+    Raises:
+        ValueError: the shapes do not fit the pages.
+    """
+    _, kv_heads, _, group_tokens, width = out.shape
+    check(k, "k", shape=(len(pages), kv_heads, group_tokens, width * 8 // (bits or 8)))
+    check(groups, "groups", shape=(len(pages),))
+    if out_scale is None or bits is None:
+        out[pages, :, groups] = _stored(k, out.dtype)
+    else:
+        out[pages, :, groups], out_scale[pages, :, groups] = quantize(k, bits, -2)
+
+
+def write_values(
+    v: Tensor,
+    pages: Tensor,
+    groups: Tensor,
+    bits: int | None,
+    out: Tensor,
+    out_scale: Tensor | None,
+) -> None:
+    """The values' part of `write_folded`.
+
+    Args:
+        v: [n, kv_heads, group_tokens, U] float (read).
+        pages: [n] int64 – the page of each group (read).
+        groups: [n] int64 – its place among the page's groups of tokens (read).
+        bits: of a code; None for floats.
+        out: `FoldedPages.values` (written).
+        out_scale: `FoldedPages.value_scale` (written).
+
+    Raises:
+        ValueError: the shapes do not fit the pages.
+    """
+    _, kv_heads, value_groups, n_tokens, width = out.shape
+    channels = value_groups * width * 8 // (bits or 8)
+    check(v, "v", shape=(len(pages), kv_heads, None, channels))
+    check(groups, "groups", shape=(len(pages),))
+    group_tokens = v.shape[2]
+    if n_tokens % group_tokens:
+        raise ValueError(f"v has groups of {group_tokens} tokens, wanted a divisor of {n_tokens}")
+    by_group = out.view(*out.shape[:3], n_tokens // group_tokens, group_tokens, width)
+    v = v.reshape(*v.shape[:3], value_groups, -1).transpose(2, 3)
+    if out_scale is None or bits is None:
+        by_group[pages, :, :, groups] = _stored(v, out.dtype)
         return
-    assert out.key_scale is not None
-    assert out.value_scale is not None
-    scale_by_group = out.value_scale.view(*out.value_scale.shape[:4], key_groups, group_tokens)
-    out.keys[pages, :, groups], out.key_scale[pages, :, groups] = quantize(k, out.bits, -2)
-    by_group[pages, :, :, groups], scale_by_group[pages, :, :, :, groups] = quantize(
-        v, out.bits, -1
-    )
+    scale_by_group = out_scale.view(*out_scale.shape[:4], -1, group_tokens)
+    by_group[pages, :, :, groups], scale_by_group[pages, :, :, :, groups] = quantize(v, bits, -1)
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,13 +11,18 @@ from typing import no_type_check
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .decode_attention import multiply_pages
 from .dispatch import check, jit, tl, use_triton
-from .paged import padded, weigh
+from .paged import padded, take, weigh
 from .quantize import affine, quantize, unpack
 
 # Chunks of a tile: 16 KiB of landmarks of 128 channels in bfloat16.
 _TILE = 64
+# Chunks that are one matrix in torch, and such tiles at a time. With 64 chunks the scores of 32 Ki
+# tokens take a third longer; with 512 much of a short context's would be padding.
+_CHUNKS, _TILES = 256, 16
 # Programs that share the chunks of a sequence and head: for 8 heads those of one sequence fill half
 # an H200, and 64 tokens' landmarks each are a tile for 64 Ki tokens.
 _SPLITS = 16
@@ -35,12 +40,15 @@ class Landmarks:
         keys: [pages, kv_heads, chunks, head_dim] float, or [..., head_dim · bits / 8] int8.
         scale: [pages, kv_heads, 2, chunks] float16 – scale and minimum of each landmark; None
             without bits.
+        hidden: [pages, kv_heads, chunks] int8 – not 0 for chunks that nobody is to select; None
+            for none.
     """
 
     bits: int | None
     chunk: int
     keys: Tensor
     scale: Tensor | None
+    hidden: Tensor | None = None
 
 
 def write_landmarks(k: Tensor, pages: Tensor, groups: Tensor, out: Landmarks) -> None:
@@ -82,7 +90,8 @@ def score_chunks(
     """How much the queries of a group attend to each chunk, were all its keys its landmark.
 
     Semantics: score[s, g, c] = max_h log softmax_c(scale · q[s, h, :] · landmark[s, g, c, :]), with
-    h over the heads of group g and c over begin[s] … end[s] - 1; elsewhere undefined.
+    h over the heads of group g and c over begin[s] … end[s] - 1; elsewhere undefined. Hidden chunks
+    have no part in that, and no score that `select_chunks` would take.
 
     A sequence's scores are bitwise the same whatever its neighbours are.
 
@@ -110,6 +119,12 @@ def score_chunks(
     check(keys, "landmarks.keys", dtype=stored, device=q.device, dense=3)
     if (width * 8 // bits if bits else width) != head_dim:
         raise ValueError(f"landmarks.keys is {width} wide, which does not hold {head_dim} channels")
+    if landmarks.hidden is not None:
+        shape = tuple(keys.shape[:3])
+        check(
+            landmarks.hidden, "landmarks.hidden", shape=shape, dtype=torch.int8, device=q.device,
+            dense=2,
+        )  # fmt: skip
     check(table, "table", shape=(n, None), dtype=torch.int32, device=q.device, dense=1)
     for name, x in {"begin": begin, "end": end}.items():
         check(x, name, shape=(n,), dtype=torch.int32, device=q.device, dense=1)
@@ -121,31 +136,58 @@ def score_chunks(
 def _score_torch(
     q: Tensor, landmarks: Landmarks, table: Tensor, begin: Tensor, end: Tensor, scale: float
 ) -> Tensor:
+    n = len(q)
     _, kv_heads, per_page, _ = landmarks.keys.shape
-    scores = torch.empty(len(q), kv_heads, table.shape[1] * per_page, device=q.device)
-    grouped = q.view(len(q), kv_heads, -1, q.shape[2])
-    # One by one: a sum over padding would round differently.
-    for row, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
-        if first >= last:
-            continue
-        first_page = first // per_page
-        pages = table[row, first_page : -(-last // per_page)]
-        seen = slice(first - first_page * per_page, last - first_page * per_page)
-        product = _products(grouped[row], landmarks, pages, seen) * scale
-        scores[row, :, first:last] = product.log_softmax(-1).amax(1)
-    return scores
+    pages_of_tile = -(-_CHUNKS // per_page)
+    tile = pages_of_tile * per_page
+    n_tiles = -(-table.shape[1] // pages_of_tile)
+    chunk = torch.arange(n_tiles * tile, device=q.device)
+    is_seen = (chunk >= begin.unsqueeze(1)) & (chunk < end.unsqueeze(1))
+    pages = pad(table, (0, n_tiles * pages_of_tile - table.shape[1])).long()
+    # Behind the last there may be anything.
+    pages = torch.where(is_seen.view(n, -1, per_page).any(2), pages, 0).view(n, n_tiles, -1)
+    is_seen = is_seen.view(n, n_tiles, tile)
+    rows, places = is_seen.any(2).nonzero(as_tuple=True)
+    grouped = q.view(n, kv_heads, -1, q.shape[2])
+    product = grouped.new_empty(n, n_tiles, kv_heads, grouped.shape[2], tile, dtype=torch.float32)
+    for first in range(0, len(rows), _TILES):
+        at = rows[first : first + _TILES], places[first : first + _TILES]
+        product[at] = _products(grouped.index_select(0, at[0]), landmarks, pages[at])
+    is_seen = is_seen.view(n, n_tiles, 1, 1, tile)
+    product = product.mul_(scale).masked_fill_(~is_seen, -torch.inf)
+    peak = product.amax((1, 4), keepdim=True)
+    mass = (product - peak).exp_().sum(4, keepdim=True)
+    # In the order of tiles, so that those that are not seen add exact zeros.
+    mass = mass.cumsum(1)[:, -1:]
+    scores = product.sub_(peak + mass.log_()).amax(3).transpose(1, 2)
+    return scores.flatten(2)[..., : table.shape[1] * per_page].contiguous()
 
 
-def _products(q: Tensor, landmarks: Landmarks, pages: Tensor, seen: slice) -> Tensor:
-    """[kv_heads, group, chunks] float32 – q [kv_heads, group, head_dim] times some landmarks."""
-    keys = landmarks.keys.transpose(0, 1).index_select(1, pages).flatten(1, 2)[:, seen]
+def _products(q: Tensor, landmarks: Landmarks, pages: Tensor) -> Tensor:
+    """[n, kv_heads, group, chunks] float32 – q [n, kv_heads, group, head_dim] times landmarks.
+
+    Those in `pages` [n, m], one after the other.
+    """
+
+    def of_tiles(x: Tensor, dim: int) -> Tensor:
+        """x[pages], the chunks of a tile in one dimension: `dim` of a page."""
+        ahead = (1,) * (dim - 1)
+        page = pages.view(len(pages), *ahead, -1)
+        others = (
+            torch.arange(n, device=x.device).view(-1, *ahead[i:])
+            for i, n in enumerate(x.shape[1:dim])
+        )
+        return take(x, page, *others).flatten(dim, dim + 1)
+
+    keys = of_tiles(landmarks.keys, 2)
     keys = keys.to(q.dtype) if landmarks.bits is None else unpack(keys, landmarks.bits, q.dtype)
-    product = torch.bmm(q, keys.mT).float()
-    if landmarks.scale is None or landmarks.bits is None:
-        return product
-    step, low = affine(landmarks.scale.index_select(0, pages), landmarks.bits)
-    step, low = (x.transpose(0, 1).flatten(1, 2)[:, None, seen] for x in (step, low))
-    return product * step + q.float().sum(-1, keepdim=True) * low
+    product = multiply_pages(q, keys, transposed=True).float()
+    if landmarks.scale is not None and landmarks.bits is not None:
+        step, low = (x.unsqueeze(2) for x in affine(of_tiles(landmarks.scale, 3), landmarks.bits))
+        product = torch.addcmul(q.float().sum(-1, keepdim=True) * low, product, step)
+    if landmarks.hidden is not None:
+        product.masked_fill_(of_tiles(landmarks.hidden, 2).unsqueeze(2) != 0, -torch.inf)
+    return product
 
 
 @jit
@@ -171,6 +213,7 @@ def _product_kernel(
     q_ptr,
     keys_ptr,
     scale_ptr,
+    hidden_ptr,
     table_ptr,
     begin_ptr,
     end_ptr,
@@ -183,6 +226,7 @@ def _product_kernel(
     CHUNKS: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
     SCALE_STRIDE: tl.constexpr,
+    HIDDEN_STRIDE: tl.constexpr,
     BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -228,7 +272,11 @@ def _product_kernel(
             scale_at = page * SCALE_STRIDE + (kv_head * 2 * CHUNKS + chunk % CHUNKS)
             a, b = affine_at(scale_ptr, scale_at, is_in, CHUNKS, BITS)
             product = product * a[None, :] + q_sum[:, None] * b[None, :]
-        product = tl.where(is_in[None, :], product, -float("inf"))
+        is_seen = is_in
+        if hidden_ptr is not None:
+            hidden = tl.load(hidden_ptr + page * HIDDEN_STRIDE + place, is_in, other=1)
+            is_seen = hidden == 0
+        product = tl.where(is_seen[None, :], product, -float("inf"))
         weight, fade, peak = weigh(product, peak, scale)
         mass = mass * fade + tl.sum(weight, 1)
         tl.store(product_row + chunk[None, :], product, (row < GROUP) & is_in[None, :])
@@ -290,6 +338,7 @@ def _score_triton(
         q,
         landmarks.keys,
         landmarks.scale,
+        landmarks.hidden,
         table,
         begin,
         end,
@@ -301,6 +350,7 @@ def _score_triton(
         CHUNKS=per_page,
         PAGE_STRIDE=landmarks.keys.stride(0),
         SCALE_STRIDE=0 if landmarks.scale is None else landmarks.scale.stride(0),
+        HIDDEN_STRIDE=0 if landmarks.hidden is None else landmarks.hidden.stride(0),
         BITS=landmarks.bits or 0,
         ROWS=padded(heads // kv_heads),
         COLUMNS=columns,
@@ -364,7 +414,7 @@ def _select_torch(scores: Tensor, begin: Tensor, end: Tensor, n_most: int, n_alw
     rank[..., :n_always] = 2**31 - 1
     rank = torch.where(is_seen, rank, -(2**31))
     # No two are equal, so that it does not matter what a selection does with ties.
-    best = (rank.long() << 32 | n - 1 - chunk).topk(min(n_most, n)).values
+    best = (rank.long() << 32 | n - 1 - chunk).topk(min(n_most, n), sorted=False).values
     chosen = torch.where(best >> 32 > -(2**31), n - 1 - (best & 0xFFFFFFFF), n).sort()[0]
     return torch.where(chosen < n, chosen, -1).int()
 

@@ -347,19 +347,20 @@ def test_pages_may_be_read_in_any_form(
             assert torch.equal(alone[0], together[s])
 
 
-@pytest.mark.parametrize("form", STORED, ids=str)
+@pytest.mark.parametrize("form", [None, 4], ids=str)
 @pytest.mark.usefixtures("path")
 def test_a_result_depends_on_its_sequence_alone(
     case_of: Callable[..., Case], dtype: torch.dtype, form: Form
 ) -> None:
     """Bitwise: among neighbours, alone, in another order, on other pages, beside other garbage."""
-    case = case_of(SHAPES[5], dtype, form)
+    shape = replace(SHAPES[5], kv_heads=1)
+    case = case_of(shape, dtype, form)
     together = case.attend()
     assert torch.equal(case.attend(range(len(CONTEXTS))[::-1]).flip(0), together)
     for s in (1, 6):
         assert torch.equal(case.attend([s])[0], together[s])
     for poison in (0, torch.inf):
-        other = case_of(SHAPES[5], dtype, form, seed=1, poison=poison)
+        other = case_of(shape, dtype, form, seed=1, poison=poison)
         assert torch.equal(other.attend(), together)
 
 
@@ -483,18 +484,14 @@ def test_a_recorded_step_serves_other_contexts(case_of: Callable[..., Case]) -> 
 
 
 def launches() -> None:
-    """Kept channels, groups and page sizes, in every form that the device can widen."""
+    """Each form that the device can widen; with and without channels kept, of either kind."""
     arch = triton.runtime.driver.active.get_current_target().arch
     for head_dim, n_channels, group, key_groups, group_tokens, page_size, form, width in [
-        (64, 48, 7, 1, 73, 64, None, 0),
         (128, 64, 4, 1, 21, 16, None, 0),
-        (128, 80, 8, 3, 26, 64, None, 96),
-        (128, 96, 1, 4, 18, 64, None, 0),
+        (64, 48, 7, 1, 73, 64, None, 48),
         (128, 64, 4, 5, 17, 32, FP8, 0),
         (128, 128, 4, 1, 29, 16, 8, 0),
-        (128, 64, 4, 1, 40, 16, 8, 0),
         (64, 64, 7, 2, 26, 16, 4, 0),
-        (128, 64, 4, 2, 36, 16, 4, 0),
         (128, 80, 1, 1, 21, 16, 4, 96),
         (256, 128, 4, 2, 36, 16, 4, 0),
     ]:

@@ -1,5 +1,6 @@
 """Landmarks against the oracle: what they are, what they score, and which chunks win."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -9,25 +10,27 @@ from kvfold.kernels.landmarks import Landmarks, score_chunks, select_chunks, wri
 
 
 def launches() -> None:
-    """Landmarks of the supported models' heads, of 131,072 tokens."""
+    """Landmarks in every form, of 131,072 tokens."""
     ints = torch.empty(64, dtype=torch.int32)
-    for dtype in (torch.bfloat16, torch.float32):
-        for heads, kv_heads, head_dim in ((32, 8, 128), (28, 4, 128), (32, 32, 96), (32, 8, 64)):
-            # Nobody who has a GPU keeps codes beside float32.
-            for bits in (None, 8, 4) if dtype == torch.bfloat16 else (None,):
-                keys = torch.empty(
-                    4000,
-                    kv_heads,
-                    16,
-                    head_dim * (bits or 8) // 8,
-                    dtype=torch.int8 if bits else dtype,
-                )
-                scale = torch.empty(4000, kv_heads, 2, 16, dtype=torch.float16) if bits else None
-                landmarks = Landmarks(bits=bits, chunk=8, keys=keys, scale=scale)
-                table = torch.empty(64, 1024, dtype=torch.int32)
-                q = torch.empty(64, heads, head_dim, dtype=dtype)
-                scores = score_chunks(q, landmarks, table, ints, ints, 0.1)
-        select_chunks(scores, ints, ints, 128, n_always=1)
+    for heads, kv_heads, head_dim, dtype, bits in [
+        (28, 4, 128, torch.bfloat16, None),
+        (32, 8, 128, torch.bfloat16, 8),
+        (32, 8, 64, torch.bfloat16, 4),
+        (32, 32, 96, torch.bfloat16, 4),
+        # Nobody who has a GPU keeps codes beside float32.
+        (28, 4, 128, torch.float32, None),
+    ]:
+        width = head_dim * (bits or 8) // 8
+        keys = torch.empty(4000, kv_heads, 16, width, dtype=torch.int8 if bits else dtype)
+        scale = torch.empty(4000, kv_heads, 2, 16, dtype=torch.float16) if bits else None
+        landmarks = Landmarks(bits=bits, chunk=8, keys=keys, scale=scale)
+        table = torch.empty(64, 1024, dtype=torch.int32)
+        q = torch.empty(64, heads, head_dim, dtype=dtype)
+        scores = score_chunks(q, landmarks, table, ints, ints, 0.1)
+        if dtype == torch.bfloat16 and bits != 4:
+            hidden = torch.empty(4000, kv_heads, 16, dtype=torch.int8)
+            score_chunks(q, replace(landmarks, hidden=hidden), table, ints, ints, 0.1)
+    select_chunks(scores, ints, ints, 128, n_always=1)
 
 
 # KV heads, group, head_dim, chunks of a page, chunks of a group of tokens, tokens of a chunk.
@@ -129,7 +132,32 @@ def test_scores(
         oracle.close(got[row, :, begin:end].to(dtype), want[:, begin:])
 
 
-@pytest.mark.parametrize("bits", STORED, ids="bits={}".format)
+@pytest.mark.parametrize("bits", [None, 8], ids="bits={}".format)
+def test_hidden_chunks_take_no_part(
+    path: str, dtype: torch.dtype, oracle: ModuleType, bits: int | None
+) -> None:
+    q, landmarks, table, means = filled(oracle, SHAPES[0], dtype, bits)
+    with torch.device("cpu"):
+        draw = torch.rand(landmarks.keys.shape[:3], generator=torch.Generator().manual_seed(2))
+    hidden = (draw < 1 / 3).to(q.device)
+    # What they stand for does not matter.
+    (landmarks.scale.mT if landmarks.scale is not None else landmarks.keys)[hidden] = torch.nan
+    landmarks = replace(landmarks, hidden=hidden.char())
+    got = score_chunks(q, landmarks, table, *bounds(), 1 / 8)
+    kv_heads, group, _, per_page, _, _ = SHAPES[0]
+    for row, (begin, end) in enumerate(SEEN):
+        pages = table[row, : -(-end // per_page)].long()
+        is_hidden = hidden[pages].transpose(0, 1).flatten(1).cpu().numpy()
+        for g in range(kv_heads):
+            seen = [c for c in range(begin, end) if not is_hidden[g, c]]
+            others = [c for c in range(begin, end) if is_hidden[g, c]]
+            queries = q[row, g * group : (g + 1) * group]
+            want = scored(queries, means[row][seen][:, [g]], 0)
+            oracle.close(got[row, g, seen].to(dtype), want[0])
+            assert not (got[row, g, others] > -torch.inf).any()
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids="bits={}".format)
 def test_a_sequence_depends_on_itself_alone(
     path: str, dtype: torch.dtype, oracle: ModuleType, bits: int | None
 ) -> None:
