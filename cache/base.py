@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.batch import Batch
+from ..core.report import SelectionStats
 from ..core.sequence import Sequence
 from ..kernels.rope import RotaryTable
 
@@ -51,13 +52,25 @@ class Footprint:
     bytes_per_sequence: int = 0
     transient_bytes_per_token: int = 0
     """On top, while a sequence is not sealed."""
-    host_bytes_per_token: int = 0
+    host_page_bytes: int = 0
+    """In host memory, of a page that holds sealed tokens."""
+    slot_pages: int = 0
+    """That the longest sequence holds beside those of its tokens."""
     spare_pages: int = 0
     """Pages that only sealing may take, so that it finds room in a full pool."""
 
     def page_bytes(self, page_size: int) -> int:
         """Of a page, which holds `page_size` tokens while they are not sealed."""
         return (self.bytes_per_token + self.transient_bytes_per_token) * page_size
+
+    def n_host_pages(self, host_bytes: int, n_pages: int) -> int:
+        """Pages that host memory gets beside so many on the device, none of them in vain.
+
+        As on the device, page 0 is scratch. Without `host_bytes` memory is no limit.
+        """
+        if not self.host_page_bytes:
+            return 0
+        return min(n_pages, host_bytes // self.host_page_bytes) if host_bytes else n_pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +99,9 @@ class CacheStats:
     """Share of the pool that live sequences hold, 0..1."""
     kept: dict[str, float] = field(default_factory=dict)
     """Share of the channels of `keys` and `values` that sealed tokens keep; empty where all do."""
+    host_bytes: int = 0
+    """In host memory, of pages that a live sequence holds."""
+    selection: SelectionStats = field(default_factory=SelectionStats)
 
 
 class KVCache(ABC):
@@ -130,6 +146,11 @@ class KVCache(ABC):
         """Whether a prompt is there as it was computed until it is sealed, and not afterwards."""
         return False
 
+    @classmethod
+    def uses_host(cls, config: Any) -> bool:
+        """Whether sealed tokens take host memory."""
+        return False
+
     def sealing_tokens(self, seq: Sequence) -> int:
         """Room that sealing takes before it gives any back, 0 where it will change nothing."""
         return 0
@@ -138,6 +159,16 @@ class KVCache(ABC):
     def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
         """Pages that a sequence holds when it has been sealed after `n_tokens`."""
         return -(-n_tokens // spec.page_size)
+
+    @classmethod
+    def n_slot_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
+        """Those among them that hold it from the start, beside the pages of its tokens."""
+        return 0
+
+    @classmethod
+    def n_host_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
+        """Pages in host memory that it holds then."""
+        return 0
 
     @property
     def folded_size(self) -> int:

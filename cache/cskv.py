@@ -59,6 +59,7 @@ from .folded import (
     Geometry,
     Groups,
     densest,
+    known_as,
     refused,
     stored_dtype,
 )
@@ -187,14 +188,7 @@ class CSKVCache(FoldedCache):
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> CSKVConfig:
-        if "window" in options:
-            window = options["window"]
-            if "recent" in options:
-                raise refused("window", "it is another name of recent; state one of them")
-            if type(window) is not int or window < 0:
-                raise refused("window", f"{window!r} must be an int of at least 0")
-            options = {("recent" if name == "window" else name): x for name, x in options.items()}
-        config = CSKVConfig.parse(options)
+        config = CSKVConfig.parse(known_as("window", options))
         if not 0 < config.keep <= 1:
             raise refused("keep", f"{config.keep} must be in (0, 1]")
         for name in ("keep_k", "keep_v"):

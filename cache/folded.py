@@ -42,7 +42,7 @@ from .pages import pool_zeros
 
 BITS = {"auto": None, "fp8": None, "int8": 8, "int4": 4}
 """Of a code, by `--kv-cache-dtype`; None for floats."""
-_DECIDED_BY_FLAGS = ("prefix", "dtype")
+_DECIDED_BY_FLAGS = ("prefix", "dtype", "host_bytes")
 # Tokens that share the scale of a key channel, and channels that share that of a value, at most:
 # few levels bear less of a spread.
 _KEY_GROUP = {8: 128, 4: 64}
@@ -86,6 +86,18 @@ class FoldedConfig(DenseConfig):
         return config
 
 
+def known_as(alias: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which the recent window goes by its name, and not by that of a paper."""
+    if alias not in options:
+        return options
+    window = options[alias]
+    if "recent" in options:
+        raise refused(alias, "it is another name of recent; state one of them")
+    if type(window) is not int or window < 0:
+        raise refused(alias, f"{window!r} must be an int of at least 0")
+    return {("recent" if name == alias else name): x for name, x in options.items()}
+
+
 def refused(name: str, text: str) -> Refused:
     """The error for a setting of the backend."""
     return Refused(f"--kv-cache-config.{name}: {text}", param="kv-cache-config")
@@ -107,6 +119,8 @@ class Fold:
     group_tokens: int
     """Tokens that are folded at once."""
     value_groups: int
+    n_least: int = 0
+    """Tokens that fold at first, at least."""
 
     @property
     def n_tokens(self) -> int:
@@ -118,7 +132,8 @@ class Fold:
         due = n_foldable // self.group_tokens * self.group_tokens
         begin = due // self.n_tokens * self.n_tokens
         # What would begin a block waits until that sets another free.
-        return begin if begin // page_size == due // page_size else due
+        due = begin if begin // page_size == due // page_size else due
+        return due if due >= self.n_least else 0
 
     @staticmethod
     def fit(spec: CacheSpec, n_channels: int, n_value_channels: int, stored: str) -> "Fold":
@@ -134,9 +149,7 @@ class Fold:
             value_groups, token_bytes, group_bytes = 1, n_numbers * dtype.itemsize, 0
         else:
             sizes = range(_KEY_GROUP[bits], 0, -1)
-            value_groups = -(-n_value_channels // _VALUE_GROUP[bits])
-            if n_value_channels % (2 * value_groups):
-                value_groups = 1
+            value_groups = groups_of_values(n_value_channels, bits)
             token_bytes = n_numbers * bits // 8 + value_groups * SCALE_BYTES
             group_bytes = n_channels * SCALE_BYTES
         key_groups, group_tokens = densest(
@@ -195,6 +208,12 @@ def stored_dtype(spec: CacheSpec, stored: str) -> torch.dtype:
     return torch.float8_e4m3fn if stored == "fp8" else spec.dtype
 
 
+def groups_of_values(n_channels: int, bits: int) -> int:
+    """Groups of a value's channels whose codes share a scale."""
+    n_groups = -(-n_channels // _VALUE_GROUP[bits])
+    return 1 if n_channels % (2 * n_groups) else n_groups
+
+
 def densest(room: int, group_bytes: Callable[[int], int], sizes: Iterable[int]) -> tuple[int, int]:
     """How many groups, and of how many tokens, hold the most in `room` bytes.
 
@@ -249,16 +268,19 @@ class FoldedCache(DenseCache):
         n_bytes = spec.n_kv_heads * _head_bytes(spec)
         # All layers in one, so that one call folds in all: they follow each other, page by page.
         blocks = pool_zeros((spec.n_layers * n_pages, n_bytes), torch.uint8, spec.device)
-        self._all_folded = self._fold.carve(blocks, spec.n_kv_heads)
-        self._folded = [
-            self._fold.carve(layer, spec.n_kv_heads) for layer in torch.split(blocks, n_pages)
-        ]
+        self._carve_folded(blocks, n_pages)
         # The heads of all pages are equally far apart, so that they are one batch of matrices.
         self._all_full = blocks.view(spec.dtype).view(
             len(blocks), spec.n_kv_heads, 2, spec.page_size, spec.head_dim
         )
         keys, values = (torch.split(pool, n_pages) for pool in self._all_full.unbind(2))
         return keys, values
+
+    def _carve_folded(self, blocks: torch.Tensor, n_pages: int) -> None:
+        """Make folded pages of blocks [layers · n_pages, bytes]."""
+        kv_heads = self._spec.n_kv_heads
+        self._all_folded = self._fold.carve(blocks, kv_heads)
+        self._folded = [self._fold.carve(layer, kv_heads) for layer in torch.split(blocks, n_pages)]
 
     @classmethod
     def default_page_size(cls, stored: str) -> int:
@@ -289,12 +311,18 @@ class FoldedCache(DenseCache):
 
     @classmethod
     def n_pages(cls, spec: CacheSpec, config: Any, n_tokens: int) -> int:
+        n_folded_pages, n_folded = cls._n_folded(spec, config, n_tokens)
         n_full = super().n_pages(spec, config, n_tokens)
+        return n_folded_pages + n_full - n_folded // spec.page_size
+
+    @classmethod
+    def _n_folded(cls, spec: CacheSpec, config: Any, n_tokens: int) -> tuple[int, int]:
+        """Folded pages of a sealed sequence of so many tokens, and tokens in them."""
         fold = cls.fold(spec, config)
         if fold.n_tokens <= spec.page_size:
-            return n_full
+            return 0, 0
         n_folded = max(0, fold.n_due(cls._n_leading(config, n_tokens), spec.page_size))
-        return -(-n_folded // fold.n_tokens) + n_full - n_folded // spec.page_size
+        return -(-n_folded // fold.n_tokens), n_folded
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> FoldedConfig:
@@ -337,7 +365,7 @@ class FoldedCache(DenseCache):
         self._fold_due(seq)
 
     def fork(self, seq: Sequence, child: Sequence) -> bool:
-        folded = self._for_another(seq.folded, seq.n_folded, self._fold.n_tokens)
+        folded = self._folded_for_another(seq)
         if folded is None:
             return False
         child.folded, child.n_folded = folded, seq.n_folded
@@ -345,6 +373,10 @@ class FoldedCache(DenseCache):
             return True
         self._give_back_folded(child)
         return False
+
+    def _folded_for_another(self, seq: Sequence) -> list[int] | None:
+        """The folded pages for one more reader; None when there is no room."""
+        return self._for_another(seq.folded, seq.n_folded, self._fold.n_tokens)
 
     def release(self, seq: Sequence) -> None:
         super().release(seq)
@@ -369,7 +401,9 @@ class FoldedCache(DenseCache):
         return self._n_leading(self._config, seq.n_computed)
 
     def sealing_tokens(self, seq: Sequence) -> int:
-        due = self._fold.n_due(self._n_foldable(seq), self._spec.page_size) if self._folds else 0
+        if not self._folds:
+            return 0
+        due = self._fold.n_due(self._n_foldable(seq), self._spec.page_size)
         n_blocks = -(-max(0, due - seq.n_folded) // self._fold.n_tokens)
         return n_blocks * self._spec.page_size
 
@@ -381,16 +415,19 @@ class FoldedCache(DenseCache):
         size = self._fold.n_tokens
         while seq.n_folded < due:
             if seq.n_folded == len(seq.folded) * size:
-                if not seq.folded:
-                    self._begin_folding(seq)
-                # One block after the other where there are few: each sets full pages free.
-                n = min(-(-(due - seq.n_folded) // size), max(1, self._pool.n_available))
-                blocks = self._pool.take(n, spare=True)
+                blocks = self._take_folded(-(-(due - seq.n_folded) // size))
                 if blocks is None:
                     return False
+                if not seq.folded:
+                    self._begin_folding(seq)
                 seq.folded += blocks
             self._fold_until(seq, min(due, len(seq.folded) * size))
         return True
+
+    def _take_folded(self, n: int) -> list[int] | None:
+        """Blocks for `n` folded pages or for fewer; None when there are none at all."""
+        # One after the other where there are few: each sets full pages free.
+        return self._pool.take(min(n, max(1, self._pool.n_available)), spare=True)
 
     def _fold_until(self, seq: Sequence, end: int) -> None:
         """Move tokens [n_folded, end), whole groups, to the folded pages that wait for them."""
@@ -505,7 +542,7 @@ class FoldedCache(DenseCache):
     # Proof and metrics.
 
     def check(self, live: Iterable[Sequence]) -> None:
-        self._pool.check([*seq.pages, *seq.folded] for seq in live)
+        self._pool.check([*seq.pages, *seq.folded, *seq.slots] for seq in live)
 
     def stats(self, live: Iterable[Sequence]) -> CacheStats:
         spec, fold, pool = self._spec, self._fold, self._pool

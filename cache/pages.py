@@ -1,6 +1,7 @@
 """Pages of one pool: which are free, who reads the others, which are kept for a later hit."""
 
 import heapq
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
@@ -67,6 +68,10 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def is_held(self, page: int) -> bool:
+        """Whether somebody reads it."""
+        return self._readers[page] > 0
+
     def share(self, page: int) -> None:
         """One more reader of a held or idle page."""
         if not page:
@@ -109,6 +114,19 @@ class PagePool:
             "page ledger (page, readers counted, readers found, free, idle): "
             f"{[(int(i), *(int(x[i]) for x in (counted, found, free, idle))) for i in wrong[:8]]}"
         )
+
+
+def host_zeros(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeroed bytes in host memory that kernels of `device` read as well."""
+    host = torch.device("cpu")
+    if device.type == "cpu":
+        return pool_zeros(shape, torch.uint8, host)
+    # torch's own pinned memory comes in powers of two, up to twice as much.
+    array = np.zeros(shape, dtype=np.uint8)
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cudart.cudaHostRegister(array.ctypes.data, array.nbytes, 0))
+    weakref.finalize(array, cudart.cudaHostUnregister, array.ctypes.data)
+    return torch.from_numpy(array)
 
 
 def pool_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

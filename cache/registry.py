@@ -8,6 +8,7 @@ BACKENDS = {
     "dense": ".dense:DenseCache",
     "think": ".think:ThinkCache",
     "cskv": ".cskv:CSKVCache",
+    "shadowkv": ".shadowkv:ShadowKVCache",
 }
 # Dense as such stores numbers as the model makes them; in fewer bits it is pages that fold.
 _STORED = {("dense", dtype): ".folded:FoldedCache" for dtype in ("fp8", "int8", "int4")}

@@ -46,6 +46,9 @@ class CacheSettings:
         None, "tokens of a page; default is the backend's own: 64, or 32 where pages fold"
     )
     memory_bytes: int | None = _text(None, "bytes of the KV pool; default is a share of memory")
+    host_bytes: int | None = _text(
+        None, "bytes of host memory for sealed values; default is half of what is free"
+    )
     memory_share: float = _text(0.9, "share of device memory for weights and KV pool together")
     prefix: bool = _text(True, "reuse the pages of equal prompt prefixes")
     probe: float = _text(
@@ -143,6 +146,7 @@ class Config:
             ("block-size", self.cache.page_size, 8),
             ("max-model-len", self.model.max_len, 1),
             ("kv-cache-memory-bytes", self.cache.memory_bytes, 1),
+            ("kv-host-memory", self.cache.host_bytes, 1),
             ("port", self.server.port, 0),
             ("max-body-bytes", self.server.max_body_bytes, 1),
         )
@@ -173,6 +177,7 @@ class Config:
         flags = {
             "prefix": "--enable-prefix-caching or --no-enable-prefix-caching",
             "dtype": "--kv-cache-dtype",
+            "host_bytes": "--kv-host-memory",
         }
         for name in self.cache.options:
             if name in flags:
@@ -203,8 +208,13 @@ class Hardware:
     """Whether bfloat16 matrix products run at full speed."""
     has_float8: bool = False
     """Whether 8-bit floats are converted in hardware."""
+    host_free_bytes: int = 0
+    """Memory of the host that is free before the model is loaded."""
 
 
+HOST_SHARE = 0.5
+"""Of free host memory for values, unless told otherwise: on a CPU the weights and the pool come out
+of the rest."""
 SMALL_BYTES = 64 * 2**20
 """Weights below this are not limited by memory bandwidth on any CPU."""
 
@@ -234,10 +244,14 @@ def resolve(
             is_small = checkpoint_bytes < SMALL_BYTES
             dtype = "bfloat16" if hardware.has_bfloat16 and dtype == "float16" else dtype
             dtype = dtype if hardware.has_bfloat16 and not is_small else "float32"
+    host_bytes = config.cache.host_bytes
+    if host_bytes is None:
+        host_bytes = int(hardware.host_free_bytes * HOST_SHARE)
     overlaps = config.scheduler.overlaps
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, dtype=dtype, device=device),
+        cache=dataclasses.replace(config.cache, host_bytes=host_bytes),
         scheduler=dataclasses.replace(
             config.scheduler, overlaps=device == "cuda" if overlaps is None else overlaps
         ),

@@ -76,6 +76,25 @@ class ProbeStats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionStats:
+    """What sequences read of their sealed tokens, where each step selects; counted from the start.
+
+    A chunk is counted once per layer and KV head.
+    """
+
+    n_selected: int = 0
+    """Chunks that steps attended to by choice."""
+    n_missed: int = 0
+    """Of these, chunks that the step before had not attended to."""
+    fetched_bytes: int = 0
+    """Read from host memory for them."""
+    n_sealed: int = 0
+    """Sequences times layers whose keys were factorised."""
+    key_error_sum: float = 0.0
+    """Of these, norm of what the factors lose over norm of the keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot after a step. Counters count since the engine started."""
 
@@ -100,4 +119,7 @@ class EngineStats:
     """Tokens computed by the last step."""
     step_s: float = 0.0
     n_free_pages: int = 0
+    kv_host_bytes: int = 0
+    """In host memory, of what live sequences hold."""
+    selection: SelectionStats = SelectionStats()
     probe: ProbeStats = ProbeStats()

@@ -103,6 +103,8 @@ class Sequence:
     """Owned by the cache: pages that hold the first tokens in compressed form, more in each."""
     n_folded: int = 0
     """Owned by the cache: tokens in those pages, of which the last may be filled partly."""
+    slots: list[int] = field(default_factory=list)
+    """Owned by the cache: full pages for tokens that are made whole again, as they are wanted."""
     page_keys: list[bytes] = field(default_factory=list)
     """Owned by the cache: chained hashes of full pages, each computed once and kept for ever."""
     n_published: int = 0

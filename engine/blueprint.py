@@ -1,6 +1,6 @@
 """What settings, hardware and a checkpoint's headers decide before a weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ def chosen_backend(config: Config) -> tuple[type[KVCache], Any]:
     kind = backend(config.cache.kind, config.cache.dtype)
     stored = {} if config.cache.dtype == "auto" else {"dtype": config.cache.dtype}
     options = kind.parse({"prefix": config.cache.prefix, **stored, **config.cache.options})
+    if config.cache.host_bytes is not None and not kind.uses_host(options):
+        raise Refused(
+            f"--kv-host-memory {config.cache.host_bytes:,}: --kv-cache {config.cache.kind}, with "
+            "these settings, keeps nothing in host memory; leave it out",
+            param="kv-host-memory",
+        )
     if config.cache.probe and not kind.seals(options):
         raise Refused(
             f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
@@ -70,6 +76,8 @@ class Blueprint:
             getattr(torch, config.model.dtype),
             torch.device(config.model.device),
         )
+        if kind.uses_host(options):
+            options = replace(options, host_bytes=config.cache.host_bytes)
         return Blueprint(
             config=config,
             path=path,

@@ -371,6 +371,8 @@ class Engine:
             kv_tokens=cache.tokens,
             kv_full_bytes=cache.full_bytes,
             kv_kept=cache.kept,
+            kv_host_bytes=cache.host_bytes,
+            selection=cache.selection,
             n_preempted=self._scheduler.n_preempted,
             n_steps=self._n_steps,
             prefix_queries=self._scheduler.prefix_queries,

@@ -25,10 +25,14 @@ class Fit:
     """Of each while it is being computed."""
     sealed_pages: int
     """Of each afterwards."""
+    host_pages: int
+    """Of each then, in host memory."""
     n_full: int
     """That are computed at the same time."""
     n_sealed: int
     """That run at the same time: one is being computed last, in full pages."""
+    limit: str = "device"
+    """What more of them would lack: memory of the "device", or of the "host"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,9 @@ class Forecast:
     bytes_per_full_token: int
     bytes_per_sealed_token: int
     """In complete folded pages; recent tokens and what is left of a page come on top."""
+    host_bytes: int
+    """Of pages in host memory, the scratch page included."""
+    host_page_bytes: int
     fits: tuple[Fit, ...]
 
 
@@ -75,7 +82,9 @@ def forecast(config: Config, lengths: Rows[int] = ()) -> Outlook:
     beyond its context.
     """
     chosen = Blueprint.of(config)
-    plain = replace(config.cache, kind="dense", dtype="auto", options={}, probe=0.0)
+    plain = replace(
+        config.cache, kind="dense", dtype="auto", options={}, probe=0.0, host_bytes=None
+    )
     dense = Blueprint.of(replace(config, cache=plain))
     spec, settings = chosen.spec, chosen.config
     for n_tokens in lengths:
@@ -128,19 +137,33 @@ def _backend(blueprint: Blueprint, budget: Budget, lengths: Rows[int]) -> Foreca
         bytes_per_sequence=footprint.bytes_per_sequence,
         bytes_per_full_token=footprint.bytes_per_token + footprint.transient_bytes_per_token,
         bytes_per_sealed_token=footprint.bytes_per_token,
+        host_bytes=_n_host_pages(blueprint, n_pages) * footprint.host_page_bytes,
+        host_page_bytes=footprint.host_page_bytes,
         fits=tuple(fit(blueprint, n_pages, n_tokens) for n_tokens in lengths),
     )
 
 
 def fit(blueprint: Blueprint, n_pages: int, n_tokens: int) -> Fit:
     """How many requests of `n_tokens` share a pool of `n_pages`."""
+    of_host = _n_host_pages(blueprint, n_pages)
     n_pages -= 1 + blueprint.footprint.spare_pages
-    full = -(-n_tokens // blueprint.spec.page_size)
-    sealed = blueprint.kind.n_pages(blueprint.spec, blueprint.options, n_tokens)
+    shape = blueprint.spec, blueprint.options, n_tokens
+    full = -(-n_tokens // blueprint.spec.page_size) + blueprint.kind.n_slot_pages(*shape)
+    sealed = blueprint.kind.n_pages(*shape)
+    n_sealed = 1 + (n_pages - full) // sealed if n_pages >= full else 0
+    hosted = blueprint.kind.n_host_pages(*shape)
+    n_hosted = (of_host - 1) // hosted if hosted else n_sealed
     return Fit(
         n_tokens=n_tokens,
         full_pages=full,
         sealed_pages=sealed,
+        host_pages=hosted,
         n_full=n_pages // full,
-        n_sealed=1 + (n_pages - full) // sealed if n_pages >= full else 0,
+        n_sealed=min(n_sealed, n_hosted),
+        limit="host" if n_hosted < n_sealed else "device",
     )
+
+
+def _n_host_pages(blueprint: Blueprint, n_pages: int) -> int:
+    host_bytes = blueprint.config.cache.host_bytes or 0
+    return blueprint.footprint.n_host_pages(host_bytes, n_pages)

@@ -66,11 +66,14 @@ def probe(device: str) -> Hardware:
             has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
             # AMD's devices before CDNA 4 have another format of the same width.
             has_float8=torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9),
+            host_free_bytes=_cpu_free_bytes(),
         )
+    free_bytes = _cpu_free_bytes()
     return Hardware(
         device="cpu",
         name=_cpu_name(),
-        free_bytes=_cpu_free_bytes(),
+        free_bytes=free_bytes,
+        host_free_bytes=free_bytes,
         total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         has_bfloat16=torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     )
@@ -162,7 +165,7 @@ def pages_that_fit(
     state_bytes = footprint.bytes_per_sequence * (scheduler.max_sequences + 1)
     # The scratch page, and what sealing keeps to itself.
     n_others = 1 + footprint.spare_pages
-    pages_of_longest = -(-spec.max_len // spec.page_size)
+    pages_of_longest = -(-spec.max_len // spec.page_size) + footprint.slot_pages
     n_pages = max(0, budget.n_bytes - state_bytes) // page_bytes
     if not budget.is_whole:
         # Everybody else on this machine has better uses than prefixes for it.

@@ -133,6 +133,7 @@ PageSize = Annotated[int | None, flag("cache.page_size", "--block-size", parser=
 MemoryBytes = Annotated[
     int | None, flag("cache.memory_bytes", "--kv-cache-memory-bytes", parser=count)
 ]
+HostBytes = Annotated[int | None, flag("cache.host_bytes", "--kv-host-memory", parser=count)]
 MemoryShare = Annotated[float | None, flag("cache.memory_share", "--gpu-memory-utilization")]
 MaxSequences = Annotated[
     int | None, flag("scheduler.max_sequences", "--max-num-seqs", parser=count)
@@ -174,6 +175,7 @@ def serve(
     cache_dtype: CacheDtype = None,
     cache_page_size: PageSize = None,
     cache_memory_bytes: MemoryBytes = None,
+    cache_host_bytes: HostBytes = None,
     cache_memory_share: MemoryShare = None,
     cache_prefix: Annotated[
         bool | None,
@@ -260,6 +262,7 @@ def plan(
     cache_dtype: CacheDtype = None,
     cache_page_size: PageSize = None,
     cache_memory_bytes: MemoryBytes = None,
+    cache_host_bytes: HostBytes = None,
     cache_memory_share: MemoryShare = None,
     scheduler_max_sequences: MaxSequences = None,
     tokens: Annotated[

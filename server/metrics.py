@@ -56,6 +56,10 @@ _GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_requests_waiting": ("Sequences that wait", lambda s: s.n_waiting),
     "kv_cache_usage_perc": ("Share of the KV pool in use, 0 to 1", lambda s: s.kv_usage),
     "kv_cache_tokens": ("Tokens that live sequences hold", lambda s: s.kv_tokens),
+    "kv_cache_host_bytes": (
+        "Bytes of host memory that live sequences hold",
+        lambda s: s.kv_host_bytes,
+    ),
 }
 _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "prefix_cache_queries": ("Prompt tokens looked up", lambda s: s.prefix_queries),
@@ -63,6 +67,26 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "num_preemptions": ("Sequences that had to give way", lambda s: s.n_preempted),
     "prompt_tokens": ("Prompt tokens computed", lambda s: s.prompt_tokens),
     "generation_tokens": ("Tokens generated", lambda s: s.generated_tokens),
+    "kv_selected_chunks": (
+        "Chunks that steps chose to read, by layer and head",
+        lambda s: s.selection.n_selected,
+    ),
+    "kv_missed_chunks": (
+        "Of those, chunks that had to be made whole",
+        lambda s: s.selection.n_missed,
+    ),
+    "kv_fetched_bytes": (
+        "Read from host memory for that",
+        lambda s: s.selection.fetched_bytes,
+    ),
+    "kv_factorised_layers": (
+        "Sequences times layers whose keys were factorised",
+        lambda s: s.selection.n_sealed,
+    ),
+    "kv_key_error": (
+        "Sum over those of the relative error of the keys",
+        lambda s: s.selection.key_error_sum,
+    ),
     "kv_probe_steps": ("Decode steps computed densely as well", lambda s: s.probe.n_steps),
     "kv_probe_top1_agreement": (
         "Of those, steps in which both found the same token likeliest",
@@ -73,6 +97,8 @@ _OURS_ALONE = frozenset(
     f"kvfold:{name}"
     for name in (
         *("kv_cache_bytes", "kv_cache_tokens", "kv_cache_compression_ratio"),
+        *("kv_cache_host_bytes", "kv_selected_chunks", "kv_missed_chunks", "kv_fetched_bytes"),
+        *("kv_factorised_layers", "kv_key_error"),
         *("kv_cache_kept_channels", "kv_probe_steps", "kv_probe_top1_agreement", "kv_probe_kl"),
         *("engine_restarts", "requests_rejected"),
     )

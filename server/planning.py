@@ -17,7 +17,8 @@ def plan(config: Config, lengths: Sequence[int], *, as_json: bool) -> None:
 
 
 def _table(outlook: Outlook) -> str:
-    columns = [_column(backend) for backend in outlook.backends]
+    has_host = any(backend.host_bytes for backend in outlook.backends)
+    columns = [_column(backend, has_host=has_host) for backend in outlook.backends]
     left = max(map(len, columns[0]))
     right = max(len(cell) for column in columns for cell in column.values())
     lines = [
@@ -37,7 +38,7 @@ def _table(outlook: Outlook) -> str:
     return "\n".join(lines)
 
 
-def _column(backend: Forecast) -> dict[str, str]:
+def _column(backend: Forecast, *, has_host: bool) -> dict[str, str]:
     """A backend's cells by the label of their row."""
     stored = "" if backend.kv_cache_dtype == "auto" else f" {backend.kv_cache_dtype}"
     cells = {
@@ -49,6 +50,8 @@ def _column(backend: Forecast) -> dict[str, str]:
         "a token, full": f"{backend.bytes_per_full_token:,} bytes",
         "a token, sealed": f"{backend.bytes_per_sealed_token:,} bytes",
     }
+    if has_host:
+        cells["host memory"] = f"{backend.host_bytes:,} bytes"
     page_bytes = backend.kv_bytes // backend.n_pages
     for fit in backend.fits:
         request = f"requests of {fit.n_tokens:,}"
@@ -57,4 +60,10 @@ def _column(backend: Forecast) -> dict[str, str]:
             f"{request}: sealed": f"{fit.n_sealed:,}",
             f"{request}: a token": f"{fit.sealed_pages * page_bytes // fit.n_tokens:,} bytes",
         }
+        if has_host:
+            in_host = fit.host_pages * backend.host_page_bytes // fit.n_tokens
+            cells |= {
+                f"{request}: a token, host": f"{in_host:,} bytes",
+                f"{request}: limited by": f"{fit.limit} memory",
+            }
     return cells

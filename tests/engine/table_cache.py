@@ -7,6 +7,7 @@ from kvfold.cache.base import KVCache
 from kvfold.cache.cskv import CSKVCache
 from kvfold.cache.dense import DenseCache
 from kvfold.cache.folded import FoldedCache
+from kvfold.cache.shadowkv import ShadowKVCache
 from kvfold.cache.think import ThinkCache
 from kvfold.core.batch import Batch
 from kvfold.engine.device import Device
@@ -40,6 +41,10 @@ class TableFolded(Believing, FoldedCache):
 
 class TableThink(Believing, ThinkCache):
     """Fewer channels."""
+
+
+class TableShadowKV(Believing, ShadowKVCache):
+    """Latents, and slots."""
 
 
 class TableCSKV(Believing, CSKVCache):

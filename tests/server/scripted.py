@@ -11,7 +11,7 @@ from typing import Any
 
 from kvfold.core.config import Config
 from kvfold.core.errors import Unavailable
-from kvfold.core.report import EngineInfo, EngineStats, ProbeStats
+from kvfold.core.report import EngineInfo, EngineStats, ProbeStats, SelectionStats
 from kvfold.core.sequence import FinishReason, Output, Request, TokenLogprobs
 from kvfold.engine.text import Text
 from kvfold.server.app import create_app
@@ -195,6 +195,14 @@ class ScriptedWorker:
             kv_tokens=16 * n,
             kv_full_bytes=192 * n,
             kv_kept={"keys": 0.5, "values": 1.0},
+            kv_host_bytes=512 * n,
+            selection=SelectionStats(
+                n_selected=40 * n,
+                n_missed=15 * n,
+                fetched_bytes=240 * n,
+                n_sealed=2 * n,
+                key_error_sum=0.25 * n,
+            ),
             probe=sum([ProbeStats.of(0.02, True)] * n, ProbeStats()),
             n_preempted=n,
             n_steps=n,

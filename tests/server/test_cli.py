@@ -29,6 +29,7 @@ FLAGS = {
     "cache.dtype": "--kv-cache-dtype",
     "cache.page_size": "--block-size",
     "cache.memory_bytes": "--kv-cache-memory-bytes",
+    "cache.host_bytes": "--kv-host-memory",
     "cache.memory_share": "--gpu-memory-utilization",
     "cache.prefix": "--enable-prefix-caching",
     "cache.probe": "--kv-probe",
@@ -280,6 +281,24 @@ def test_plan_compares_a_backend_with_dense() -> None:
     assert "requests of 1,024: seale" in rows
 
 
+SHADOW = (
+    *("--kv-cache", "shadowkv", "--kv-cache-config.threshold", "1024"),
+    *("--kv-cache-config.budget", "256", "--kv-cache-config.outliers", "8"),
+)
+
+
+@pytest.mark.parametrize(("memory", "limit"), [("1G", "device"), ("20M", "host")])
+def test_plan_says_what_is_in_host_memory(memory: str, limit: str) -> None:
+    result = plan(*SMALL, *SHADOW, "--kv-host-memory", memory, "--tokens", "4K")
+    assert result.exit_code == 0, result.output
+    rows = {line[:32].strip(): line.split() for line in result.output.splitlines()}
+    shown, nothing = rows["host memory"][2::2]
+    assert 0 < int(shown.replace(",", "")) <= cli.count(memory)
+    assert nothing == "0"
+    row = next(line for line in result.output.splitlines() if "limited by" in line)
+    assert row.split()[-4:] == [limit, "memory", "device", "memory"]
+
+
 def test_plan_tells_programs_the_same() -> None:
     told = json.loads(plan(*SMALL, "--json", "--tokens", "1K").output)
     (dense,) = told["backends"]
@@ -298,6 +317,12 @@ def test_plan_tells_programs_the_same() -> None:
         (["--tokens", "many"], "write 4096"),
         (["--kv-cache-memory-bytes", "1"], "--kv-cache-memory-bytes"),
         (["--block-size", "12"], "multiple of 8"),
+        (["--kv-host-memory", "1G"], "--kv-cache dense, with these settings, keeps nothing"),
+        (["--kv-cache", "shadowkv", "--kv-cache-config.host_bytes", "1"], "--kv-host-memory"),
+        (
+            [*SHADOW, "--kv-host-memory", "1M"],
+            "holds 0 pages of values, but one sequence of --max-model-len 4,096 needs",
+        ),
     ],
 )
 def test_plan_refuses_as_serve_does(arguments: list[str], says: str) -> None:

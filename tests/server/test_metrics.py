@@ -24,6 +24,8 @@ VLLM = {
 }
 OURS = {
     *("kv_cache_bytes", "kv_cache_tokens", "kv_cache_compression_ratio"),
+    *("kv_cache_host_bytes", "kv_selected_chunks", "kv_missed_chunks", "kv_fetched_bytes"),
+    *("kv_factorised_layers", "kv_key_error"),
     *("kv_cache_kept_channels", "kv_probe_steps", "kv_probe_top1_agreement", "kv_probe_kl"),
     *("engine_restarts", "requests_rejected"),
 }
@@ -119,6 +121,22 @@ async def test_kept_channels_are_told_by_part() -> None:
         assert 'kvfold:kv_cache_kept_channels{model_name="test",part="values"} 1.0' in body
 
 
+async def test_what_was_selected_is_told() -> None:
+    async with serving(script) as client:
+        await client.post("/v1/completions", {"prompt": "x"})
+        body = (await client.get("/metrics")).body.decode()
+        for line in (
+            "kv_selected_chunks_total 120.0",
+            "kv_missed_chunks_total 45.0",
+            "kv_fetched_bytes_total 720.0",
+            "kv_factorised_layers_total 6.0",
+            "kv_key_error_total 0.75",
+            "kv_cache_host_bytes 1536.0",
+        ):
+            name, value = line.split()
+            assert f'kvfold:{name}{{model_name="test"}} {value}' in body
+
+
 async def test_counts_of_one_request() -> None:
     async with serving(script) as client:
         await client.post("/v1/completions", {"prompt": "xy", "max_tokens": 5})
@@ -148,7 +166,7 @@ def test_snapshot_has_no_field_that_nobody_shows() -> None:
     # Read by benches, not by dashboards.
     unshown = {"step_s", "n_free_pages", "n_steps", "step_tokens"}
     # Of families that have more labels, or are ratios; each has a test of its own.
-    composed = {"kv_bytes", "kv_full_bytes", "kv_kept", "probe"}
+    composed = {"kv_bytes", "kv_full_bytes", "kv_kept", "selection", "probe"}
     for field in dataclasses.fields(EngineStats):
         if field.name in unshown | composed:
             continue
