@@ -158,9 +158,8 @@ def launches() -> None:
     """Projections of the supported models from the narrowest to the vocabulary."""
     for dtype, n_out, n_in in [
         (torch.bfloat16, 1152, 896),
-        (torch.bfloat16, 4096, 14336),
         (torch.bfloat16, 151936, 896),
-        (torch.float16, 4096, 4096),
+        (torch.float16, 4096, 14336),
         (torch.float32, 1152, 896),
     ]:
         weight, bias = torch.empty(n_out, n_in, dtype=dtype), torch.empty(n_out, dtype=dtype)
