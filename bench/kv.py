@@ -36,7 +36,7 @@ from kvfold.core.batch import Batch
 from kvfold.core.config import SchedulerSettings
 from kvfold.core.sequence import Request, SamplingParams, Sequence
 from kvfold.engine.device import Device, open_device
-from kvfold.engine.plan import pages_that_fit, wished_budget
+from kvfold.engine.plan import keep_freed_memory, pages_that_fit, wished_budget
 from kvfold.engine.runner import Runner
 from kvfold.kernels.rope import RotaryTable
 from torch import Tensor
@@ -262,6 +262,8 @@ def measure_pair(
 @torch.inference_mode()
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per dtype and setting; the first setting's own says what noise does to a ratio."""
+    # As an engine does: what a step takes and gives back must not be fresh memory the next time.
+    keep_freed_memory()
     device = open_device(arguments.device)
     machine = Machine(device=device, n_rounds=arguments.rounds)
     rows = []

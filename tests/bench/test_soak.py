@@ -12,8 +12,9 @@ from kvfold.cache.registry import BACKENDS
 from kvfold.core.sequence import FinishReason, Output, Request, SamplingParams
 
 # Of 16 tokens, so that little text folds.
-# CSKV learns from text as it starts, and the tiny model reads none: tests/engine has its traffic.
-KINDS = [kind for kind in BACKENDS if kind != "cskv"]
+# CSKV learns from text as it starts, and the tiny model reads none; ShadowKV is for long contexts.
+# tests/engine has their traffic.
+KINDS = [kind for kind in BACKENDS if kind not in ("cskv", "shadowkv")]
 SETTINGS = [f"{words} page_size=16" for words in every_form(*KINDS)]
 
 
