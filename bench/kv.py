@@ -58,7 +58,7 @@ POOL_REQUESTS = 16
 """Dense requests that the pool holds whose capacity is counted."""
 MOST_REQUESTS = 256
 """More than any cache admits to that pool."""
-TOLERANCE = 0.2
+TOLERANCE = 0.3
 """Of the mean difference to dense, relative to its mean size."""
 CHUNK = 2048
 
