@@ -45,7 +45,7 @@ from .decode_attention import (
 from .dispatch import check, jit, tl
 from .folded_pages import FoldedPages
 from .landmarks import Landmarks, affine_at, half_of, score_chunks, select_chunks
-from .paged import check_pools, padded, weigh
+from .paged import check_pools, padded, take, weigh
 from .quantize import affine, unpack
 from .rope import RotaryTable, rotate
 
@@ -361,7 +361,7 @@ def _read(
     """
     split = (latents.n_tokens // unit, unit)
     keys, values = (
-        _take(x.view(len(x), *split, -1), page, place) for x in (latents.keys, latents.values)
+        take(x.view(len(x), *split, -1), page, place) for x in (latents.keys, latents.values)
     )
     if latents.bits is None:
         keys, values = keys.to(dtype), values.to(dtype)
@@ -380,16 +380,6 @@ def _whole(codes: Tensor, scale: Tensor, bits: int, dim: int) -> Tensor:
     step, low = (x.unsqueeze(dim) for x in affine(scale, bits))
     whole = unpack(codes, bits, torch.float32)
     return torch.addcmul(low, whole, step, out=whole)
-
-
-def _take(x: Tensor, page: Tensor, place: Tensor) -> Tensor:
-    """x[page, place] for x [pages, places, ...] whose pages have no gaps, 4 times as fast."""
-    # Overlapping rows, of which one begins wherever a place does.
-    n, step = x[0, 0].numel(), math.gcd(x.stride(0), x.stride(1))
-    last = (len(x) - 1) * x.stride(0) + (x.shape[1] - 1) * x.stride(1)
-    rows = x.as_strided((last // step + 1, n), (step, 1))
-    at = (page * x.stride(0) + place * x.stride(1)) // step
-    return rows.index_select(0, at.flatten()).view(*at.shape, *x.shape[2:])
 
 
 def _of_groups(c: Tensor, up: Tensor) -> Tensor:
