@@ -414,9 +414,18 @@ def multiply_pages(rows: Tensor, pages: Tensor, *, transposed: bool) -> Tensor:
 def common_sizes(n: int) -> Iterator[int]:
     """Sizes that sum to n, of at most `_SIZES_PER_OCTAVE` per octave; all n below twice that."""
     while n:
-        step = max(1, (1 << n.bit_length() - 1) // _SIZES_PER_OCTAVE)
-        yield n - n % step
-        n %= step
+        size = n - n % _size_step(n)
+        yield size
+        n -= size
+
+
+def common_size(n: int) -> int:
+    """The least that is not below n of the sizes that `common_sizes` yields."""
+    return n + -n % _size_step(n)
+
+
+def _size_step(n: int) -> int:
+    return max(1, (1 << n.bit_length() - 1) // _SIZES_PER_OCTAVE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .decode_attention import multiply_pages
+from .decode_attention import common_size, multiply_pages
 from .dispatch import check, jit, tl, use_triton
 from .paged import padded, take, weigh
 from .quantize import affine, quantize, unpack
@@ -146,21 +146,40 @@ def _score_torch(
     pages = pad(table, (0, n_tiles * pages_of_tile - table.shape[1])).long()
     # Behind the last there may be anything.
     pages = torch.where(is_seen.view(n, -1, per_page).any(2), pages, 0).view(n, n_tiles, -1)
-    is_seen = is_seen.view(n, n_tiles, tile)
-    rows, places = is_seen.any(2).nonzero(as_tuple=True)
+    is_hidden = ~is_seen.view(n, 1, n_tiles, tile)
+    if landmarks.hidden is not None:
+        is_hidden = is_hidden | _take_tiles(landmarks.hidden, pages, 2).bool().transpose(1, 2)
+    rows, places = is_seen.view(n, n_tiles, tile).any(2).nonzero(as_tuple=True)
     grouped = q.view(n, kv_heads, -1, q.shape[2])
-    product = grouped.new_empty(n, n_tiles, kv_heads, grouped.shape[2], tile, dtype=torch.float32)
+    product = q.new_empty(n, kv_heads, grouped.shape[2], n_tiles, tile, dtype=torch.float32)
     for first in range(0, len(rows), _TILES):
         at = rows[first : first + _TILES], places[first : first + _TILES]
-        product[at] = _products(grouped.index_select(0, at[0]), landmarks, pages[at])
-    is_seen = is_seen.view(n, n_tiles, 1, 1, tile)
-    product = product.mul_(scale).masked_fill_(~is_seen, -torch.inf)
-    peak = product.amax((1, 4), keepdim=True)
-    mass = (product - peak).exp_().sum(4, keepdim=True)
-    # In the order of tiles, so that those that are not seen add exact zeros.
-    mass = mass.cumsum(1)[:, -1:]
-    scores = product.sub_(peak + mass.log_()).amax(3).transpose(1, 2)
-    return scores.flatten(2)[..., : table.shape[1] * per_page].contiguous()
+        # One product is worth some tiles that are computed twice.
+        at = tuple(pad(x[None], (0, common_size(len(x)) - len(x)), "replicate")[0] for x in at)
+        product[at[0], :, :, at[1]] = _products(
+            grouped.index_select(0, at[0]), landmarks, pages[at]
+        )
+    product.mul_(scale).masked_fill_(is_hidden.unsqueeze(2), -torch.inf)
+    # Hidden chunks add exact zeros behind the others.
+    scores = product.flatten(3).log_softmax(3).amax(2)
+    return scores[..., : table.shape[1] * per_page].contiguous()
+
+
+def _take_tiles(x: Tensor, pages: Tensor, dim: int) -> Tensor:
+    """x[pages], the chunks of a tile in one dimension, which is `dim` of a page.
+
+    Args:
+        x: what pages hold (read).
+        pages: [..., m] int64 – those of each tile.
+        dim: where chunks are.
+    """
+    ahead = (1,) * (dim - 1)
+    page = pages.view(*pages.shape[:-1], *ahead, -1)
+    others = (
+        torch.arange(n, device=x.device).view(-1, *ahead[i:]) for i, n in enumerate(x.shape[1:dim])
+    )
+    at = page.ndim - 1
+    return take(x, page, *others).flatten(at, at + 1)
 
 
 def _products(q: Tensor, landmarks: Landmarks, pages: Tensor) -> Tensor:
@@ -168,25 +187,13 @@ def _products(q: Tensor, landmarks: Landmarks, pages: Tensor) -> Tensor:
 
     Those in `pages` [n, m], one after the other.
     """
-
-    def of_tiles(x: Tensor, dim: int) -> Tensor:
-        """x[pages], the chunks of a tile in one dimension: `dim` of a page."""
-        ahead = (1,) * (dim - 1)
-        page = pages.view(len(pages), *ahead, -1)
-        others = (
-            torch.arange(n, device=x.device).view(-1, *ahead[i:])
-            for i, n in enumerate(x.shape[1:dim])
-        )
-        return take(x, page, *others).flatten(dim, dim + 1)
-
-    keys = of_tiles(landmarks.keys, 2)
+    keys = _take_tiles(landmarks.keys, pages, 2)
     keys = keys.to(q.dtype) if landmarks.bits is None else unpack(keys, landmarks.bits, q.dtype)
     product = multiply_pages(q, keys, transposed=True).float()
     if landmarks.scale is not None and landmarks.bits is not None:
-        step, low = (x.unsqueeze(2) for x in affine(of_tiles(landmarks.scale, 3), landmarks.bits))
+        scale = _take_tiles(landmarks.scale, pages, 3)
+        step, low = (x.unsqueeze(2) for x in affine(scale, landmarks.bits))
         product = torch.addcmul(q.float().sum(-1, keepdim=True) * low, product, step)
-    if landmarks.hidden is not None:
-        product.masked_fill_(of_tiles(landmarks.hidden, 2).unsqueeze(2) != 0, -torch.inf)
     return product
 
 

@@ -20,7 +20,7 @@ from .dispatch import check, jit, tl, use_triton
 from .landmarks import affine_at, half_of
 from .paged import padded, rows_at, strides_of, take
 from .quantize import affine, unpack
-from .rope import RotaryTable, rotate
+from .rope import RotaryTable, rotate_chunks
 from .slots import Misses
 
 # Misses of a head that are one matrix: always as many, so that a chunk is rounded alike among any.
@@ -210,7 +210,6 @@ def _torch(
     n, kv_heads, m = misses.chunk.shape
     _, _, page_size, head_dim = k_pages.shape
     of_heads = basis.view(-1, kv_heads, head_dim, latents.rank)
-    offset = torch.arange(chunk, device=k_pages.device)
     # [sequence and head, block, misses of a block]
     chunks, slots = (
         torch.nn.functional.pad(x, (0, -m % _BLOCK), value=-1).view(n * kv_heads, -1, _BLOCK)
@@ -239,8 +238,7 @@ def _torch(
         c = _latents(latents, page[at], place[at], chunk, basis.dtype)
         up = take(of_heads, row[at], head[at])
         keys = multiply_pages(c.flatten(1, 2).unsqueeze(1), up.unsqueeze(1), transposed=True)
-        positions = (chunks[at].unsqueeze(2) * chunk + offset).flatten()
-        keys = rotate(keys.view(-1, 1, head_dim), positions, rotary)
+        keys = rotate_chunks(keys.view(-1, chunk, head_dim), chunks[at].flatten(), rotary)
         to_keys.index_copy_(0, to[at].flatten(), keys.view(-1, chunk * head_dim))
         v = _values(values, value_page[at], to_head[at], place[at], chunk, basis.dtype)
         to_values.index_copy_(0, to[at].flatten(), v.view(-1, chunk * head_dim))

@@ -50,6 +50,28 @@ def rotate(x: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
     return _turn(x, *_angles(positions, table), table)
 
 
+def rotate_chunks(x: Tensor, chunks: Tensor, table: RotaryTable) -> Tensor:
+    """`rotate` for tokens at every position of a chunk each.
+
+    Args:
+        x: [n, chunk, head_dim] float – keys of one head (read).
+        chunks: [n] int64 – tokens are at chunks · chunk + 0, 1, …, all below the table's length
+            (read).
+        table: the angles.
+
+    Returns:
+        [n, chunk, head_dim] of x's dtype.
+    """
+    # Whole chunks are gathered several times as fast as their tokens.
+    cos, sin = (
+        angles[: len(angles) // x.shape[1] * x.shape[1]]
+        .view(-1, x.shape[1], angles.shape[1])
+        .index_select(0, chunks)
+        for angles in (table.cos, table.sin)
+    )
+    return _turn(x, cos, sin, table)
+
+
 def rotate_back(x: Tensor, positions: Tensor, table: RotaryTable) -> Tensor:
     """Undo `rotate`, up to the rounding of x's dtype.
 
