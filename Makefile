@@ -45,6 +45,10 @@ test-gpu: $(LINK)
 bench: $(DEV)
 	$(BIN)/python -m kvfold.bench.decode --out bench/results/decode-cpu.json
 	$(BIN)/python -m kvfold.bench.kv --out bench/results/kv-cpu.json
+	$(BIN)/python -m kvfold.bench.kv --tokens 32768 --head-dim 64 --layers 4 --setting dense \
+		--setting "shadowkv budget=512" --setting "shadowkv budget=1024" --setting shadowkv \
+		--out bench/results/kv-32k-cpu.json
+	$(BIN)/python -m kvfold.bench.seal --out bench/results/seal-cpu.json
 
 bench-gpu: $(LINK)
 	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.kernels --out bench/results/kernels-cuda.json
@@ -53,9 +57,14 @@ bench-gpu: $(LINK)
 	PYTHONPATH=$(LINK) $(PYTHON) -m kvfold.bench.kv --device cuda --dtypes bfloat16 \
 		--out bench/results/kv-cuda.json
 
-# About half an hour on two idle cores.
+# About three quarters of an hour on two idle cores.
 eval: $(DEV)
 	$(BIN)/python -m kvfold.eval.needle --out bench/results/needle-cpu.json
+	$(BIN)/python -m kvfold.eval.needle --kinds single multikey variable common --n 40 \
+		--setting dense --setting "shadowkv budget=512" --setting "shadowkv budget=512 chunk=4" \
+		--setting "shadowkv budget=256 chunk=4 outliers=96" \
+		--setting "shadowkv budget=128 chunk=4 outliers=96" \
+		--out bench/results/needle-shadowkv-cpu.json
 
 # Five minutes for each of seven caches.
 soak: $(DEV)
