@@ -27,7 +27,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _MAX_HEADER_BYTES = 100 * 2**20
 """The limit of the safetensors library itself."""
 
-_SAMPLE_BYTES = 4096
+_SAMPLE_BYTES = 2**16
 _N_SAMPLES = 16
 
 
@@ -125,25 +125,30 @@ def match(
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of config.json, and of each shard's name, size, header and a few samples of its data.
+    """Hash of config.json, of each shard's name, size and header, and of each tensor's numbers.
 
-    Cheap on any size; the samples tell a fine-tune from the model it was made from.
+    Those are all numbers of a tensor of up to 1 MiB, and 16 stretches of 64 KiB, spread evenly, of
+    a larger one: a fine-tune that changes a tensor throughout, or whole heads of it, is told from
+    the model it was made from; one that changes a few rows may not be. Raises `Refused` as
+    `listing` and `reading` do.
     """
     digest = hashlib.sha256()
 
-    def add(part: bytes) -> None:
+    def add(part: bytes | memoryview) -> None:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
 
     add((path / "config.json").read_bytes())
     for file in shards(path):
-        size = file.stat().st_size
-        add(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            add(_header_bytes(file))
+        add(f"{file.name}:{file.stat().st_size}".encode())
+        add(_header_bytes(file))
+    tensors = listing(path)
+    with reading(tensors, torch.uint8, torch.device("cpu")) as reader:
+        for name in sorted(tensors):
+            numbers = reader.raw(name).flatten().view(torch.uint8)
             for sample in range(_N_SAMPLES):
-                stream.seek(size * sample // _N_SAMPLES)
-                add(stream.read(_SAMPLE_BYTES))
+                begin = len(numbers) * sample // _N_SAMPLES
+                add(numbers[begin : begin + _SAMPLE_BYTES].numpy().data)
     return digest.hexdigest()
 
 

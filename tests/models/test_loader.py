@@ -11,6 +11,7 @@ import torch
 from kvfold.cache.base import AttentionWeights, KVCache
 from kvfold.cache.dense import DenseCache, DenseConfig
 from kvfold.core.errors import NotFound, Refused
+from kvfold.models import checkpoint
 from kvfold.models.loader import identity, load, locate, read_config
 from safetensors.torch import save_file
 
@@ -243,6 +244,15 @@ def test_identity_follows_config_headers_and_values(tmp_path: Path):
     other_values = identity(write(tmp_path, LLAMA, tensors))
     other_config = identity(write(tmp_path, {**LLAMA, "rope_theta": 5e5}, tensors))
     assert len({first, other_values, other_config}) == 3
+
+
+def test_identity_follows_each_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a large checkpoint, too, of which little is read."""
+    monkeypatch.setattr(checkpoint, "_SAMPLE_BYTES", 4)
+    tensors = weights(LLAMA)
+    changed = [tensors, *({**tensors, name: -x} for name, x in tensors.items())]
+    found = {identity(write(tmp_path, LLAMA, each)) for each in changed}
+    assert len(found) == 1 + len(tensors)
 
 
 class BoundCache(DenseCache):
