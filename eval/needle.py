@@ -35,10 +35,12 @@ from tqdm import tqdm
 from ..bench.report import facts, write
 from ..bench.settings import cache_settings, every_form
 from ..core.config import Config, ModelSettings, SchedulerSettings
+from ..core.errors import KvfoldError
 from ..core.sequence import Request, SamplingParams
 from ..demo.generate import Kind, make_task
 from ..demo.where import model_dir
 from ..engine.engine import Engine
+from ..engine.forecast import forecast
 from ..engine.plan import probe
 from ..engine.text import Text
 from ..models.loader import identity, locate
@@ -100,8 +102,8 @@ class Exam:
     def __init__(self, plan: Plan) -> None:
         self._length_tokens = plan.length_tokens
         self._text = Text.load(plan.model)
-        self._reader = _engine(plan, "dense")
-        self._engines = {words: _engine(plan, words) for words in plan.settings}
+        self._reader = Engine(_config(plan, "dense"))
+        self._engines = {words: Engine(_config(plan, words)) for words in plan.settings}
 
     def ask(self, kind: Kind, seed: int) -> list[Answer]:
         """Every setting's answer to the question of one document."""
@@ -152,18 +154,16 @@ class Exam:
         return answers
 
 
-def _engine(plan: Plan, words: str) -> Engine:
-    return Engine(
-        Config(
-            model=ModelSettings(
-                path=plan.model,
-                device=plan.device,
-                dtype=plan.dtype,
-                max_len=plan.length_tokens + _AROUND_TOKENS,
-            ),
-            cache=cache_settings(words, memory_bytes=plan.memory_bytes),
-            scheduler=SchedulerSettings(max_sequences=1),
-        )
+def _config(plan: Plan, words: str) -> Config:
+    return Config(
+        model=ModelSettings(
+            path=plan.model,
+            device=plan.device,
+            dtype=plan.dtype,
+            max_len=plan.length_tokens + _AROUND_TOKENS,
+        ),
+        cache=cache_settings(words, memory_bytes=plan.memory_bytes),
+        scheduler=SchedulerSettings(max_sequences=1),
     )
 
 
@@ -311,15 +311,23 @@ def main() -> None:
         "--out", type=Path, help="file that keeps the JSON document; an ended run goes on"
     )
     arguments = parser.parse_args()
-    path = locate(arguments.model, None)
-    plan = Plan(
-        model=str(path),
-        device=probe(arguments.device).device,
-        dtype=arguments.dtype,
-        length_tokens=arguments.length,
-        settings=tuple(arguments.setting or SETTINGS),
-        memory_bytes=arguments.memory_bytes,
-    )
+    if arguments.n < 1:
+        parser.error(f"--n is {arguments.n}; it must be at least 1")
+    try:
+        path = locate(arguments.model, None)
+        plan = Plan(
+            model=str(path),
+            device=probe(arguments.device).device,
+            dtype=arguments.dtype,
+            length_tokens=arguments.length,
+            settings=tuple(arguments.setting or SETTINGS),
+            memory_bytes=arguments.memory_bytes,
+        )
+        for words in dict.fromkeys(("dense", *plan.settings)):
+            # Refuses what a worker would stumble over.
+            forecast(_config(plan, words))
+    except (KvfoldError, ValueError) as error:
+        parser.error(str(error))
     about = {"evaluation": "needle", **facts(), "model_identity": identity(path)}
     seeds = range(arguments.seed, arguments.seed + arguments.n)
     questions = [(kind, seed) for seed in seeds for kind in arguments.kinds]

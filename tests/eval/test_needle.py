@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from kvfold.demo.where import model_dir
-from kvfold.eval.needle import Answer, Exam, Journal, Plan, compare, examine, table
+from kvfold.eval.needle import Answer, Exam, Journal, Plan, compare, examine, main, table
 
 SETTINGS = ("dense", "think prune_ratio=0.5 dtype=int8 page_size=16")
 PLAN = Plan(
@@ -55,6 +55,28 @@ def test_a_run_goes_on_where_it_was_ended(answers: list[Answer], tmp_path: Path)
     assert journal.answers == answers
     with pytest.raises(SystemExit, match="another plan or commit"):
         Journal(path, {"commit": "b"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--n 0", "--n is 0; it must be at least 1"),
+        ("--length 100000", "--max-model-len 100,256 is beyond"),
+        ("--memory-bytes 1", "--kv-cache-memory-bytes"),
+        ("--model /nowhere", "/nowhere"),
+        ("--setting thnk", "did you mean think"),
+        ("--setting=think,prune_ratio", "'prune_ratio' must be name=value"),
+        ("--setting=think,prune_ratio=2", "prune_ratio: 2 must be in [0, 1)"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str, says: str
+):
+    words = [word.replace(",", " ") for word in arguments.split()]
+    monkeypatch.setattr("sys.argv", ["needle", "--device", "cpu", *words])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert says in capsys.readouterr().err
 
 
 def test_settings_are_compared_document_by_document(answers: list[Answer]):
