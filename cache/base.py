@@ -2,8 +2,9 @@
 
 The model hands over un-rotated q, k, v and takes back attention output; it never sees a key. The
 scheduler speaks integers, the model tensors, and nothing outside this folder knows which backend
-runs. A sequence is dense until `seal`: prompts are computed exactly, whatever the backend, so that
-chunked prefill, prefix hits, preemption and abort need no special case.
+runs. A sequence is dense until `seal`: prompts are computed exactly, so that chunked prefill,
+prefix hits, preemption and abort need no special case. Only CSKV without `exact_prefill` does
+otherwise, and says how.
 """
 
 from abc import ABC, abstractmethod
@@ -58,6 +59,10 @@ class Footprint:
     """That the longest sequence holds beside those of its tokens."""
     spare_pages: int = 0
     """Pages that only sealing may take, so that it finds room in a full pool."""
+    folded_tokens: int = 0
+    """Of a folded page; 0 where nothing folds."""
+    kept_channels: tuple[int, int] | None = None
+    """Of a head's keys and of its values, where sealed tokens lose any."""
 
     def page_bytes(self, page_size: int) -> int:
         """Of a page, which holds `page_size` tokens while they are not sealed."""
@@ -87,7 +92,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
-    """A snapshot for metrics and for `/health`."""
+    """A snapshot for metrics."""
 
     bytes_in_use: dict[str, int]
     """By pool, as allocated: pages that a live sequence holds."""
@@ -98,7 +103,7 @@ class CacheStats:
     usage: float
     """Share of the pool that live sequences hold, 0..1."""
     kept: dict[str, float] = field(default_factory=dict)
-    """Share of the channels of `keys` and `values` that sealed tokens keep; empty where all do."""
+    """Share of the channels of `keys` and `values` that folded tokens keep; empty without those."""
     host_bytes: int = 0
     """In host memory, of pages that a live sequence holds."""
     selection: SelectionStats = field(default_factory=SelectionStats)

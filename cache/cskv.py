@@ -13,10 +13,10 @@ takes its bytes for all of them.
 
 With `exact_prefill` prompts are computed and shared by prefix in full pages, as on every backend
 that folds. Without, a prompt folds chunk by chunk, and what comes later reads latents: the next
-chunk, and whoever has the same first tokens, since a latent depends on nothing but the tokens
-before it. Complete latent pages are then found by their prefix and shared by reference. A token
-attends to what has folded before its own chunk as latents, and to the rest as it is: answers
-depend on where chunks end and on what was found, as far as latents differ from what they stand for.
+chunk, and whoever has the same first tokens. Complete latent pages are then found by their prefix
+and shared by reference, as far as a prompt's recent tokens stay whole. A token attends to what has
+folded before its own chunk as latents, and to the rest as it is: answers, and later latents, depend
+on where chunks end and on what was found, as far as latents differ from what they stand for.
 
 What this does not do: save memory while a prompt is being computed. Lossless setting: `keep` 1 and
 no dtype; from about 0.94 on nothing folds, since no page would hold more tokens. State per
@@ -89,7 +89,7 @@ class CSKVConfig(FoldedConfig):
     mode: str = "exact"
     """Attend to all tokens, or, "selective", to chunks of them."""
     budget: int = 512
-    """Folded tokens that a KV head attends to, in selective mode."""
+    """Folded tokens that a KV head attends to, in selective mode: as many chunks as they fill."""
     chunk: int = 8
     """Tokens of a landmark, in selective mode."""
     groups: int = 1
@@ -204,10 +204,14 @@ class CSKVCache(FoldedCache):
             raise refused("groups", f"{config.groups} must be at least 1")
         if config.groups > 1 and config.groups % 2 and BITS[config.dtype] == 4:
             raise refused("groups", f"{config.groups} must be even, where two codes share a byte")
-        if config.budget < config.chunk:
-            raise refused("budget", f"{config.budget} must be at least a chunk, {config.chunk}")
+        if config.budget < 2 * config.chunk:
+            raise refused(
+                "budget",
+                f"{config.budget} must be at least two chunks, {2 * config.chunk}: the first of "
+                "the text is always read",
+            )
         for name in ("budget", "chunk"):
-            if not config.is_selective and getattr(config, name) != getattr(CSKVConfig(), name):
+            if not config.is_selective and name in options:
                 raise refused(name, "it belongs to mode selective; state that as well, or drop it")
         return config
 
@@ -222,6 +226,7 @@ class CSKVCache(FoldedCache):
     ) -> Any:
         if isinstance(config, CalibratedConfig):
             return config
+        super().prepared(spec, config)
         if spec.n_kv_heads % config.groups:
             raise refused("groups", f"{config.groups} must divide {spec.n_kv_heads} KV heads")
         check_shares(spec.n_kv_heads * spec.head_dim, config.keep, **_wanted(config))
@@ -249,7 +254,10 @@ class CSKVCache(FoldedCache):
         """
         if calibration.groups != config.groups:
             raise refused(
-                "groups", f"{config.groups}, but the bases are of {calibration.groups}; state that"
+                "groups",
+                f"{config.groups}, but the bases are of {calibration.groups}; state "
+                f"--kv-cache-config.groups {calibration.groups}, or calibrate with --groups "
+                f"{config.groups}",
             )
         ranks = choose_ranks(calibration.layers, config.keep, **_wanted(config))
         kept = " ".join(f"{of_keys}+{of_values}" for of_keys, of_values in ranks)
@@ -365,7 +373,8 @@ class CSKVCache(FoldedCache):
     def attach(self, seq: Sequence) -> int:
         if not self._shares_latents:
             return super().attach(seq)
-        for i in range((self.lookup_len(seq) - self.n_recomputed) // self._fold.n_tokens):
+        n_whole = max(self.n_recomputed, self._config.recent)
+        for i in range((self.lookup_len(seq) - n_whole) // self._fold.n_tokens):
             page = self._index.find(*self._folded_page(seq, i))
             if page is None:
                 break
@@ -506,9 +515,10 @@ class CSKVCache(FoldedCache):
     def _kept_shares(self) -> dict[str, float]:
         n = self._spec.n_kv_heads * self._spec.head_dim
         all_latents = [layer.latents for layer in self._layers]
-        of_keys = [latents.n_channels / n for latents in all_latents] or [1.0]
-        of_values = [latents.n_value_channels / n for latents in all_latents] or [1.0]
-        return {"keys": fmean(of_keys), "values": fmean(of_values)}
+        return {
+            "keys": fmean(latents.n_channels / n for latents in all_latents),
+            "values": fmean(latents.n_value_channels / n for latents in all_latents),
+        }
 
 
 def _up(basis: Basis, spec: CacheSpec, groups: int) -> torch.Tensor:

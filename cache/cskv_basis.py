@@ -17,12 +17,14 @@ is comparable with the relative error of the values, weighted by the output proj
 import hashlib
 import heapq
 import json
+import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -31,10 +33,14 @@ from safetensors.torch import load_file, save
 from ..core.errors import Refused
 from .base import CacheSpec
 
+log = logging.getLogger(__name__)
+
 _STEP = 8
 """Components that are handed out at a time, at least."""
-_VERSION = 1
+_VERSION = 2
 _TENSORS, _FACTS = "basis.safetensors", "basis.json"
+_KINDS = {"identity": str, "key_metric": str, "value_metric": str, "n_tokens": int, "groups": int}
+"""Type of each fact of a calibration."""
 _LEAST = 1e-4
 """Share of its mean eigenvalue below which a metric is not trusted: its root is inverted."""
 _TINY = torch.finfo(torch.float64).tiny
@@ -207,8 +213,8 @@ def choose_ranks(
         groups: of heads, which get equally many.
         costs: of a component of keys and of values; 1 counts as a number.
 
-    Raises `Refused` as `check_shares` does, or when a share buys more than the bases were stored
-    for.
+    Raises `Refused` as `check_shares` does, or when a share buys more than all that was stored of
+    the bases; warns when it buys more than that of some.
     """
     keys, values = zip(*layers, strict=True)
     n = len(keys[0].mean)
@@ -217,43 +223,63 @@ def choose_ranks(
     )
     priced = [[(b, cost) for b in side] for side, cost in zip((keys, values), costs, strict=True)]
     if of_sides is None:
-        ranks = _hand_out(priced[0] + priced[1], keep * n, _step(groups), "keep")
+        ranks = _hand_out(priced[0] + priced[1], keep, _step(groups), "keep")
     else:
         ranks = []
         for option, share, bases in zip(("keep_k", "keep_v"), of_sides, priced, strict=True):
-            ranks += _hand_out(bases, share * n, _step(groups), option)
+            ranks += _hand_out(bases, share, _step(groups), option)
     return list(zip(ranks[: len(layers)], ranks[len(layers) :], strict=True))
 
 
 def _hand_out(
-    bases: Sequence[tuple[Basis, float]], numbers: float, step: int, option: str
+    bases: Sequence[tuple[Basis, float]], share: float, step: int, option: str
 ) -> list[int]:
-    """A rank for each basis of a cost, of so many numbers each; more give none of them less."""
+    """A rank for each basis of a cost, by a share of all numbers; more give none of them less."""
+    n = len(bases[0][0].mean)
     ranks = [min(step, basis.rank) for basis, _ in bases]
     # Rounding must not cost a step.
-    left = len(bases) * numbers * (1 + 1e-9)
+    left = len(bases) * share * n * (1 + 1e-9)
     left -= sum(r * cost for r, (_, cost) in zip(ranks, bases, strict=True))
 
     def offer(i: int) -> tuple[float, int]:
         basis, cost = bases[i]
         return -float(basis.gains[ranks[i] : ranks[i] + step].sum()) / cost, i
 
-    heap = [offer(i) for i, (basis, _) in enumerate(bases) if ranks[i] < basis.rank]
+    # Gains are known of components that were not stored, too.
+    heap = [offer(i) for i in range(len(bases)) if ranks[i] < n]
     heapq.heapify(heap)
+    n_short = 0
     while heap:
         _, i = heapq.heappop(heap)
         basis, cost = bases[i]
-        n = min(step, basis.rank - ranks[i])
-        left -= n * cost
-        if left < 0:
-            return ranks
-        ranks[i] += n
-        if ranks[i] < basis.rank:
+        is_stored = ranks[i] < basis.rank
+        n_more = min(step, (basis.rank if is_stored else n) - ranks[i])
+        if left < n_more * cost:
+            break
+        if not is_stored:
+            n_short += 1
+            continue
+        left -= n_more * cost
+        ranks[i] += n_more
+        if ranks[i] < n:
             heapq.heappush(heap, offer(i))
-    if left >= step and any(basis.rank < len(basis.mean) for basis, _ in bases):
+    if not n_short:
+        return ranks
+    most = sum(basis.rank * cost for basis, cost in bases) / (len(bases) * n)
+    if left >= step and not heap:
         raise _refused(
-            option, "the bases hold no more components; calibrate with a larger --keep, or lower it"
+            option,
+            f"{share:g} is more than the bases hold, which is {most:.4f}; make them anew, with a "
+            "larger --keep of kvfold calibrate cskv, or lower it",
         )
+    log.warning(
+        "--kv-cache-config.%s: with %g, %d of %d bases lack components that are worth more than "
+        "some that are kept instead; calibrate with a larger --keep, or lower it",
+        option,
+        share,
+        n_short,
+        len(bases),
+    )
     return ranks
 
 
@@ -280,30 +306,29 @@ class Calibration:
         return replace(self, layers=tuple(kept))
 
     def digest(self) -> str:
-        """Hash of all numbers: with another basis the same latents mean something else."""
-        digest = hashlib.sha256()
+        """Hash of everything: with another basis the same latents mean something else."""
+        digest = hashlib.sha256(json.dumps(self._facts()).encode())
         for name, tensor in self._tensors().items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
             digest.update(tensor.cpu().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def write(self, directory: Path) -> None:
-        """Two files in a directory, which is made; equal calibrations are equal files."""
-        directory.mkdir(parents=True, exist_ok=True)
-        # `save_file` makes files that nobody else may read.
-        (directory / _TENSORS).write_bytes(save(self._tensors()))
+        """Two files in a directory, which is made; equal calibrations are equal files.
+
+        Raises `Refused` when they cannot be written.
+        """
         facts = {
             "version": _VERSION,
             "method": "pca",
-            "identity": self.identity,
-            "key_metric": self.key_metric,
-            "value_metric": self.value_metric,
-            "n_tokens": self.n_tokens,
-            "groups": self.groups,
+            **self._facts(),
             "ranks": [[basis.rank for basis in layer] for layer in self.layers],
             "digest": self.digest(),
         }
-        (directory / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        with _writing(directory):
+            # `save_file` makes files that nobody else may read.
+            (directory / _TENSORS).write_bytes(save(self._tensors()))
+            (directory / _FACTS).write_text(json.dumps(facts, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path, spec: CacheSpec) -> Self:
@@ -314,11 +339,16 @@ class Calibration:
         facts_file, tensors_file = directory / _FACTS, directory / _TENSORS
         try:
             facts = json.loads(facts_file.read_bytes())
-            version, identity, digest = (facts[key] for key in ("version", "identity", "digest"))
-            ranks = [(int(of_keys), int(of_values)) for of_keys, of_values in facts["ranks"]]
-            told = {key: facts[key] for key in ("key_metric", "value_metric", "n_tokens", "groups")}
-            groups = int(told["groups"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            version, digest = facts["version"], facts["digest"]
+            told = {key: facts[key] for key in _KINDS}
+            ranks = [(of_keys, of_values) for of_keys, of_values in facts["ranks"]]
+            typed = [(key, told[key], kind) for key, kind in _KINDS.items()]
+            typed += [("ranks", rank, int) for pair in ranks for rank in pair]
+            for key, value, kind in typed:
+                if type(value) is not kind:
+                    raise TypeError(f"{key}: {value!r} must be {kind.__name__}")
+            identity, groups = told["identity"], told["groups"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise _broken(facts_file, f"it cannot be read: {error!r}") from None
         if version != _VERSION:
             raise _broken(facts_file, f"its format is version {version}, wanted {_VERSION}")
@@ -354,10 +384,13 @@ class Calibration:
                         raise _broken(tensors_file, f"{name} holds numbers that are not finite")
                 sides.append(Basis(**parts))
             layers.append(LayerBases(*sides))
-        calibration = cls(identity=identity, layers=tuple(layers), **told)
+        calibration = cls(layers=tuple(layers), **told)
         if calibration.digest() != digest:
             raise _broken(tensors_file, f"its numbers are not those that {_FACTS} was written for")
         return calibration
+
+    def _facts(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in _KINDS}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {
@@ -366,6 +399,28 @@ class Calibration:
             for side, basis in zip(LayerBases._fields, layer, strict=True)
             for field in fields(Basis)
         }
+
+
+def check_writable(directory: Path) -> None:
+    """Make the directory of an artifact; raises `Refused` when one cannot be written there."""
+    with _writing(directory):
+        for file in (directory / _TENSORS, directory / _FACTS):
+            is_new = not file.exists()
+            file.open("ab").close()
+            if is_new:
+                file.unlink()
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise Refused(
+            f"--out {directory}: bases cannot be written there: {error}; name another directory",
+            param="out",
+        ) from None
 
 
 def _broken(file: Path, why: str) -> Refused:

@@ -13,14 +13,16 @@ tokens, values per token over groups of channels. `cache/think.py` drops key cha
 What we do differently: prompts are computed and shared by prefix in full pages, so that the first
 token and every prefix hit are exact, whatever is kept afterwards. Tokens fold where their page is
 certain to be read again: before the next step that computes a single token. If the pool has no
-block for that the step is refused like any other that lacks room, so what a query reads never
-depends on the load; one spare block, which nothing else may take, lets the oldest sequence fold,
-since a block is only taken where folding sets another free.
+block for that the step is refused like any other that lacks room, so load changes what a query
+reads only where it preempts: what a preempted sequence had generated is computed again in full
+pages. One spare block, which nothing else may take, lets the oldest sequence fold, since a block is
+only taken where folding sets another free.
 
 What this does not do: save memory while a prompt is being computed. Lossless setting: no dtype, at
 which nothing folds. State per sequence: its page lists, on the host.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from math import prod
@@ -39,6 +41,8 @@ from ..kernels.rope import RotaryTable
 from .base import CacheSpec, CacheStats, Footprint
 from .dense import DenseCache, DenseConfig, Pools
 from .pages import pool_zeros
+
+log = logging.getLogger(__name__)
 
 BITS = {"auto": None, "fp8": None, "int8": 8, "int4": 4}
 """Of a code, by `--kv-cache-dtype`; None for floats."""
@@ -302,8 +306,29 @@ class FoldedCache(DenseCache):
             return Footprint(bytes_per_token=dense)
         folded = -(-dense * spec.page_size // n_tokens)
         return Footprint(
-            bytes_per_token=folded, transient_bytes_per_token=dense - folded, spare_pages=1
+            bytes_per_token=folded,
+            transient_bytes_per_token=dense - folded,
+            spare_pages=1,
+            folded_tokens=n_tokens,
         )
+
+    @classmethod
+    def prepared(
+        cls, spec: CacheSpec, config: Any, calibrate: Callable[[int], Any] | None = None
+    ) -> Any:
+        if config.recent >= spec.max_len:
+            raise refused(
+                "recent",
+                f"{config.recent:,} leaves nothing to fold of --max-model-len {spec.max_len:,}; "
+                "lower it",
+            )
+        # Once: first there is no model.
+        if calibrate is not None and cls.fold(spec, config).n_tokens <= spec.page_size:
+            log.warning(
+                "nothing folds: with so much kept, no page would hold more tokens; drop more "
+                "channels or choose a --kv-cache-dtype of fewer bits"
+            )
+        return config
 
     @classmethod
     def seals(cls, config: Any) -> bool:
@@ -565,7 +590,7 @@ class FoldedCache(DenseCache):
             },
             tokens=n_tokens,
             full_bytes=n_tokens * self._page_bytes // spec.page_size,
-            kept=self._kept_shares(),
+            kept=self._kept_shares() if self._folds else {},
             usage=pool.n_held / max(1, pool.n_pages - 1),
         )
 

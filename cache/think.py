@@ -126,7 +126,12 @@ class ThinkCache(FoldedCache):
         d = spec.head_dim
         n_kept = sum(n for n in config.n_kept(d) if n < d)
         state = spec.n_kv_heads * (4 * d + 8 * n_kept) + spec.n_heads * d * spec.dtype.itemsize
-        return replace(super().footprint(spec, config), bytes_per_sequence=spec.n_layers * state)
+        footprint = super().footprint(spec, config)
+        return replace(
+            footprint,
+            bytes_per_sequence=spec.n_layers * state,
+            kept_channels=config.n_kept(d) if footprint.folded_tokens else None,
+        )
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> ThinkConfig:

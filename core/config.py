@@ -43,7 +43,9 @@ class CacheSettings:
     )
     dtype: str = _text("auto", "auto, fp8, int8 or int4: how sealed keys and values are stored")
     page_size: int | None = _text(
-        None, "tokens of a page; default is the backend's own: 64, or 32 where pages fold"
+        None,
+        "tokens of a page; default is 64, but 32 for dense and think in int8 or int4, and 16 for "
+        "cskv",
     )
     memory_bytes: int | None = _text(None, "bytes of the KV pool; default is a share of memory")
     host_bytes: int | None = _text(

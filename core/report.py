@@ -1,6 +1,7 @@
 """What the engine tells the API process about itself: once when ready, then a snapshot per step."""
 
 from dataclasses import dataclass, field
+from math import isfinite
 
 KL_BOUNDS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Nats. Below the first, two distributions differ by no more than rounding."""
@@ -50,7 +51,7 @@ class ProbeStats:
     n_agreed: int = 0
     """Steps in which both found the same token likeliest."""
     kl_sum: float = 0.0
-    """Of KL(dense ‖ folded), in nats."""
+    """Of KL(dense ‖ folded), in nats, where that is finite."""
     kl_counts: tuple[int, ...] = (0,) * (len(KL_BOUNDS) + 1)
     """Steps by their divergence: up to each of `KL_BOUNDS`, and beyond the last."""
 
@@ -59,7 +60,9 @@ class ProbeStats:
         """A single step. What is no number at all is beyond every bound."""
         place = sum(not kl <= bound for bound in KL_BOUNDS)
         counts = tuple(int(i == place) for i in range(len(KL_BOUNDS) + 1))
-        return ProbeStats(n_agreed=int(agrees), kl_sum=kl, kl_counts=counts)
+        return ProbeStats(
+            n_agreed=int(agrees), kl_sum=kl if isfinite(kl) else 0.0, kl_counts=counts
+        )
 
     def __add__(self, other: "ProbeStats") -> "ProbeStats":
         """Both together."""

@@ -8,7 +8,7 @@ import torch
 
 from ..cache.base import CacheSpec, Footprint, KVCache
 from ..cache.registry import backend
-from ..core.config import Config, Hardware, resolve
+from ..core.config import CacheSettings, Config, Hardware, resolve
 from ..core.errors import Refused
 from ..demo.where import model_dir
 from ..models.config import ModelConfig
@@ -32,14 +32,18 @@ def chosen_backend(config: Config) -> tuple[type[KVCache], Any]:
             param="kv-host-memory",
         )
     if config.cache.probe and not kind.seals(options):
-        raise Refused(
-            f"--kv-probe {config.cache.probe}: --kv-cache {config.cache.kind} --kv-cache-dtype "
-            f"{config.cache.dtype} never has a prompt both as it was computed and compressed, "
-            "so that there is nothing to measure; choose one that compresses complete prompts, "
-            "or leave --kv-probe out",
-            param="kv-probe",
-        )
+        raise _nothing_to_measure(config.cache)
     return kind, options
+
+
+def _nothing_to_measure(cache: CacheSettings) -> Refused:
+    return Refused(
+        f"--kv-probe {cache.probe}: --kv-cache {cache.kind} --kv-cache-dtype {cache.dtype}, with "
+        "these settings, never has a prompt both as it was computed and compressed, so that there "
+        "is nothing to measure; choose one that compresses complete prompts, or leave --kv-probe "
+        "out",
+        param="kv-probe",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,13 +82,16 @@ class Blueprint:
         )
         if kind.uses_host(options):
             options = replace(options, host_bytes=config.cache.host_bytes)
+        options = kind.prepared(spec, options)
+        if config.cache.probe and not kind.footprint(spec, options).folded_tokens:
+            raise _nothing_to_measure(config.cache)
         return Blueprint(
             config=config,
             path=path,
             architecture=architecture,
             hardware=hardware,
             kind=kind,
-            options=kind.prepared(spec, options),
+            options=options,
             spec=spec,
         )
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..cache.base import CacheSpec
 from ..cache.calibrate import KEY_METRICS, VALUE_METRICS, Recorder
-from ..cache.cskv_basis import Calibration, choose_ranks, least_share
+from ..cache.cskv_basis import Calibration, check_writable, choose_ranks, least_share
 from ..core.config import Config, ModelSettings
 from ..core.errors import Refused
 from ..core.sequence import Request, SamplingParams
@@ -61,20 +61,17 @@ def calibrate_cskv(
     """
     if min(n_tokens, longest) < 1:
         raise Refused(f"--n-tokens {n_tokens} and --longest {longest} must be at least 1")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refused(f"--out {out} cannot be a directory: {error.strerror}") from None
     settings = ModelSettings(
         path=model, device=device, dtype=dtype, revision=revision, tokenizer=tokenizer
     )
     plan = Blueprint.of(Config(model=settings))
     opened = open_device(plan.config.model.device)
     spec = replace(plan.spec, device=opened.device)
-    _check_groups(groups, spec)
+    _check_options(spec, key_metric, value_metric, groups)
     least = least_share(spec.n_kv_heads * spec.head_dim, groups, 1.0)
     if not least <= keep <= 1:
         raise Refused(f"--keep {keep:g} must be {least:.4f} to 1 for this model")
+    check_writable(out)
     found = calibrate(
         load(plan.path, spec.dtype, spec.device, spec.max_len),
         samples_for(plan.path, tokenizer, data, min(longest, spec.max_len)),
@@ -141,13 +138,7 @@ def calibrate(
     Raises `Refused` for unknown metrics, heads that do not make so many groups, without text, and
     when numbers are not finite.
     """
-    for option, metric, known in (
-        ("key-metric", key_metric, KEY_METRICS),
-        ("value-metric", value_metric, VALUE_METRICS),
-    ):
-        if metric not in known:
-            raise Refused(f"--{option} is {metric!r}; it must be one of {', '.join(known)}")
-    _check_groups(groups, spec)
+    _check_options(spec, key_metric, value_metric, groups)
     recorder = Recorder(spec, model.rotary, min(spec.max_len, n_tokens))
     record(model, recorder, samples, device, n_tokens)
     enough = _ENOUGH * spec.n_kv_heads * spec.head_dim
@@ -169,7 +160,13 @@ def calibrate(
     )
 
 
-def _check_groups(groups: int, spec: CacheSpec) -> None:
+def _check_options(spec: CacheSpec, key_metric: str, value_metric: str, groups: int) -> None:
+    for option, metric, known in (
+        ("key-metric", key_metric, KEY_METRICS),
+        ("value-metric", value_metric, VALUE_METRICS),
+    ):
+        if metric not in known:
+            raise Refused(f"--{option} is {metric!r}; it must be one of {', '.join(known)}")
     if groups < 1 or spec.n_kv_heads % groups:
         raise Refused(f"--groups {groups} must divide the {spec.n_kv_heads} KV heads of the model")
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from itertools import count, cycle
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import TextIO
 
 from ..core.errors import Refused
 from ..demo.generate import KINDS, make_task
@@ -24,20 +25,25 @@ _TOKENS_PER_WORD = 1.4
 def from_files(text: Text, files: Iterable[Path], longest: int) -> Iterator[list[int]]:
     """Samples of at most `longest` tokens, from each file in turn until all are used up.
 
-    Raises `Refused` when a file cannot be read as UTF-8.
+    Each begins as a text does. Raises `Refused` when a file cannot be read as UTF-8.
     """
     with ExitStack() as stack:
         try:
-            streams = [stack.enter_context(file.open(encoding="utf-8")) for file in files]
+            begin = text.encode("")
+            # With the ids of what has been read: some text has many tokens for few characters.
+            left: list[tuple[TextIO, list[int]]] = [
+                (stack.enter_context(file.open(encoding="utf-8")), []) for file in files
+            ]
             for share in cycle(_SHARES):
-                length = -(-longest // share)
-                left = streams
-                streams = []
-                for stream in left:
-                    if piece := stream.read(length * _CHARACTERS_PER_TOKEN):
-                        streams.append(stream)
-                        yield text.encode(piece)[:length]
-                if not streams:
+                length = max(1, -(-longest // share) - len(begin))
+                streams, left = left, []
+                for stream, ids in streams:
+                    piece = stream.read(max(0, length - len(ids)) * _CHARACTERS_PER_TOKEN)
+                    ids = ids + text.encode(piece, add_special_tokens=False)
+                    if piece or ids:
+                        left.append((stream, ids[length:]))
+                        yield (begin + ids[:length])[:longest]
+                if not left:
                     return
         except (OSError, UnicodeDecodeError) as error:
             raise Refused(

@@ -53,6 +53,10 @@ class Forecast:
     bytes_per_full_token: int
     bytes_per_sealed_token: int
     """In complete folded pages; recent tokens and what is left of a page come on top."""
+    folded_tokens: int
+    """Of a folded page; 0 where nothing folds."""
+    kept_channels: tuple[int, int] | None
+    """Of a head's keys and of its values, where sealed tokens lose any."""
     host_bytes: int
     """Of pages in host memory, the scratch page included."""
     host_page_bytes: int
@@ -137,6 +141,8 @@ def _backend(blueprint: Blueprint, budget: Budget, lengths: Rows[int]) -> Foreca
         bytes_per_sequence=footprint.bytes_per_sequence,
         bytes_per_full_token=footprint.bytes_per_token + footprint.transient_bytes_per_token,
         bytes_per_sealed_token=footprint.bytes_per_token,
+        folded_tokens=footprint.folded_tokens,
+        kept_channels=footprint.kept_channels,
         host_bytes=_n_host_pages(blueprint, n_pages) * footprint.host_page_bytes,
         host_page_bytes=footprint.host_page_bytes,
         fits=tuple(fit(blueprint, n_pages, n_tokens) for n_tokens in lengths),

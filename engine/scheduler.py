@@ -143,8 +143,9 @@ class Scheduler:
         """Plan further tokens of a sequence, at most `budget`; returns how many."""
         n = min(seq.n_uncomputed - seq.n_planned, budget)
         if seq.n_computed < seq.n_prompt:
-            # A chunk ends with the prompt: what follows it in a sequence that waited, or was
-            # preempted, reads what sealing has made of it.
+            # A chunk ends with the prompt, which is then sealed. A single token that a preempted
+            # sequence computes after it reads what that has made of it, as it did before; several
+            # are computed densely, since tokens fold when all of them have caught up.
             n = min(n, seq.n_prompt - seq.n_computed - seq.n_planned)
             if seq.request.sampling.prompt_logprobs is not None:
                 n = min(n, self._n_scored_left)

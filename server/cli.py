@@ -6,6 +6,7 @@ it has its default; `--dry-run` shows which. The heavy imports are inside the ve
 
 import dataclasses
 import json
+import shlex
 import sys
 import typing
 from collections.abc import Iterator, Mapping
@@ -312,6 +313,7 @@ def calibrate_cskv(
 ) -> None:
     """Run MODEL over text, and write the bases for `--kv-cache cskv`."""
     with _refusals():
+        from ..cache.cskv import CSKVConfig
         from ..engine.calibrate import calibrate_cskv as run
 
         given = {
@@ -331,7 +333,14 @@ def calibrate_cskv(
         found = run(model_path or "", out, **stated)
     typer.echo(f"{found.n_tokens:,} tokens seen; components of keys and values, layer by layer:")
     typer.echo(" ".join(f"{keys.rank}+{values.rank}" for keys, values in found.layers))
-    typer.echo(f"serve with: --kv-cache cskv --kv-cache-config.artifact {out}")
+    served = CSKVConfig(artifact=str(out), groups=found.groups)
+    wanted = {"artifact": shlex.quote(served.artifact)}
+    if served.groups > 1:
+        wanted["groups"] = str(served.groups)
+    if keep is not None and keep < served.keep:
+        wanted["keep"] = f"{keep:g}"
+    settings = " ".join(f"--kv-cache-config.{name} {value}" for name, value in wanted.items())
+    typer.echo(f"serve with: --kv-cache cskv {settings}")
 
 
 @contextmanager

@@ -188,7 +188,8 @@ def _introduce(config: Config, info: EngineInfo, name: str, bound: socket.socket
         ("per token", f"{info.bytes_per_token:,} bytes"),
         (
             "fits",
-            f"{info.n_chats:,} chats of {info.chat_tokens:,} tokens, {info.kv_tokens:,} in all",
+            f"{info.n_chats:,} chats of {info.chat_tokens:,} tokens, {info.kv_tokens:,} in all; at "
+            f"most {config.scheduler.max_sequences} run at the same time (--max-num-seqs)",
         ),
         ("context", f"{info.max_len:,} tokens"),
         ("graphs", _graphs(info)),

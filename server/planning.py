@@ -18,7 +18,10 @@ def plan(config: Config, lengths: Sequence[int], *, as_json: bool) -> None:
 
 def _table(outlook: Outlook) -> str:
     has_host = any(backend.host_bytes for backend in outlook.backends)
-    columns = [_column(backend, has_host=has_host) for backend in outlook.backends]
+    is_pruned = any(backend.kept_channels for backend in outlook.backends)
+    columns = [
+        _column(backend, has_host=has_host, is_pruned=is_pruned) for backend in outlook.backends
+    ]
     left = max(map(len, columns[0]))
     right = max(len(cell) for column in columns for cell in column.values())
     lines = [
@@ -38,7 +41,7 @@ def _table(outlook: Outlook) -> str:
     return "\n".join(lines)
 
 
-def _column(backend: Forecast, *, has_host: bool) -> dict[str, str]:
+def _column(backend: Forecast, *, has_host: bool, is_pruned: bool) -> dict[str, str]:
     """A backend's cells by the label of their row."""
     stored = "" if backend.kv_cache_dtype == "auto" else f" {backend.kv_cache_dtype}"
     cells = {
@@ -49,7 +52,13 @@ def _column(backend: Forecast, *, has_host: bool) -> dict[str, str]:
         "state of a sequence": f"{backend.bytes_per_sequence:,} bytes",
         "a token, full": f"{backend.bytes_per_full_token:,} bytes",
         "a token, sealed": f"{backend.bytes_per_sealed_token:,} bytes",
+        "a folded page": f"{backend.folded_tokens:,} tokens"
+        if backend.folded_tokens
+        else "nothing folds",
     }
+    if is_pruned:
+        kept = backend.kept_channels
+        cells["channels kept"] = f"{kept[0]} of keys, {kept[1]} of values" if kept else "all"
     if has_host:
         cells["host memory"] = f"{backend.host_bytes:,} bytes"
     page_bytes = backend.kv_bytes // backend.n_pages

@@ -11,8 +11,16 @@ import pytest
 import torch
 from kvfold.cache.base import CacheSpec
 from kvfold.cache.calibrate import Moments
-from kvfold.cache.cskv_basis import Basis, Calibration, LayerBases, choose_ranks, principal
+from kvfold.cache.cskv_basis import (
+    Basis,
+    Calibration,
+    LayerBases,
+    check_writable,
+    choose_ranks,
+    principal,
+)
 from kvfold.core.errors import Refused
+from kvfold.kernels.rope import RotaryTable, rotate
 from safetensors.torch import load_file, save_file
 
 SPEC = CacheSpec(
@@ -219,8 +227,25 @@ def test_bases_that_were_stored_for_less_say_so():
         for layer, pair in zip(LAYERS, choose_ranks(LAYERS, 0.5), strict=True)
     ]
     assert choose_ranks(stored, 0.3) == choose_ranks(LAYERS, 0.3)
-    with pytest.raises(Refused, match="larger --keep"):
+    with pytest.raises(Refused, match=r"keep: 0\.6 is more than the bases hold, which is 0\.5000"):
         choose_ranks(stored, 0.6)
+    n_values = sum(values.rank for _, values in stored)
+    with pytest.raises(
+        Refused, match=f"keep_v: 0.9 is more .* {n_values / (2 * N):.4f}; .* --keep"
+    ):
+        choose_ranks(stored, 0.3, keep_keys=0.2, keep_values=0.9)
+
+
+def test_bases_that_lack_some_of_what_is_worth_most_say_so(caplog: pytest.LogCaptureFixture):
+    shares = {"keep": 0.5, "keep_keys": 0.25}
+    stored = [
+        LayerBases(*(basis.cut(rank) for basis, rank in zip(layer, pair, strict=True)))
+        for layer, pair in zip(LAYERS, choose_ranks(LAYERS, **shares), strict=True)
+    ]
+    assert choose_ranks(stored, **shares) == choose_ranks(LAYERS, **shares)
+    assert not caplog.text
+    assert choose_ranks(stored, 0.3) != choose_ranks(LAYERS, 0.3)
+    assert "keep: with 0.3, 2 of 4 bases lack components that are worth more" in caplog.text
 
 
 # Files.
@@ -295,13 +320,21 @@ def test_damaged_numbers_are_refused_by_name(
 @pytest.mark.parametrize(
     ("facts", "named"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1, wanted 2"),
         ({"identity": "another"}, "another model.*fingerprint another"),
         ({"ranks": [[8, 16]]}, "1 layers"),
         ({"ranks": "many"}, "cannot be read"),
         ({"groups": 3}, "no multiples of its 3 groups"),
         ({"groups": 0}, "no multiples of its 0 groups"),
-        ({"groups": None}, "cannot be read"),
+        ({"groups": None}, "groups: None must be int"),
+        ({"groups": "1"}, "groups: '1' must be int"),
+        ({"groups": True}, "groups: True must be int"),
+        ({"groups": float("inf")}, "groups: inf must be int"),
+        ({"n_tokens": "many"}, "n_tokens: 'many' must be int"),
+        ({"n_tokens": 501}, "not those that basis.json"),
+        ({"key_metric": 7}, "key_metric: 7 must be str"),
+        ({"key_metric": "queries"}, "not those that basis.json"),
+        ({"ranks": [[8, 16], [24, 8.5]]}, r"ranks: 8\.5 must be int"),
         (
             {"ranks": [[8, 17], [24, 8]]},
             r"0.values.encoder has shape \[64, 16\], wanted \[64, 17\]",
@@ -317,6 +350,53 @@ def test_facts_that_do_not_fit_are_refused(
     file.write_text(json.dumps(json.loads(file.read_text()) | facts))
     with pytest.raises(Refused, match=named):
         Calibration.read(tmp_path, SPEC)
+
+
+def test_what_has_no_end_is_refused(calibration: Calibration, tmp_path: Path):
+    calibration.write(tmp_path)
+    (tmp_path / "basis.json").write_text("[" * 100_000)
+    with pytest.raises(Refused, match="cannot be read: RecursionError"):
+        Calibration.read(tmp_path, SPEC)
+
+
+@pytest.mark.parametrize("file", ["basis.json", "basis.safetensors"])
+def test_where_nothing_can_be_written_is_known_before(
+    calibration: Calibration, tmp_path: Path, file: str
+):
+    check_writable(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+    calibration.write(tmp_path)
+    check_writable(tmp_path)
+    assert Calibration.read(tmp_path, SPEC).digest() == calibration.digest()
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    for attempt in (check_writable, calibration.write):
+        with pytest.raises(Refused, match=f"--out {tmp_path}: .*{file}"):
+            attempt(tmp_path)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gains_of_keys_are_errors_of_scores(lab: Callable, interleaved: bool):
+    """Whatever the angles are between a query and a key, all of them being equally likely."""
+    one = lab("dense")
+    # Both sides grow by what rope variants of long contexts multiply them with.
+    angles = 7 * torch.rand(5000, 16, generator=torch.Generator().manual_seed(3))
+    one.rotary = RotaryTable(
+        cos=1.1 * angles.cos(), sin=1.1 * angles.sin(), interleaved=interleaved, width=32
+    )
+    one.rotary.cos[0], one.rotary.sin[0] = 1.1, 0
+    ids = torch.randint(0, 64, (512,), generator=torch.Generator().manual_seed(6))
+    found = one.calibrate()
+    which = torch.randint(0, 512, (2, 40_000), generator=torch.Generator().manual_seed(4))
+    at = torch.randint(0, 5000, (2, 40_000), generator=torch.Generator().manual_seed(5))
+    for layer, bases in enumerate(found.layers):
+        for rank in (0, 8, 24):
+            lost = error(bases.keys.cut(rank), one.table.k[ids, layer].flatten(1)).view(512, 2, 32)
+            e = rotate(lost[which[0]], at[0], one.rotary)
+            q = rotate(one.table.q[ids[which[1]], layer], at[1], one.rotary)
+            scores = one.spec.scale * (q.unflatten(1, (2, 2)) * e.unsqueeze(2)).sum(-1)
+            variance = float(scores.square().mean())
+            assert float(bases.keys.gains[rank:].sum()) == pytest.approx(variance, rel=0.05)
 
 
 @pytest.mark.parametrize("file", ["basis.json", "basis.safetensors"])

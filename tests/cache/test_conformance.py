@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from kvfold.cache.base import KVCache
+from kvfold.cache.dense import DenseCache
 from kvfold.cache.folded import BITS
 from kvfold.cache.registry import BACKENDS, backend
 from kvfold.core.config import CacheSettings, Config, ModelSettings, SchedulerSettings
@@ -32,6 +34,9 @@ def supported() -> list[tuple[str, str]]:
 
 
 CASES = supported()
+COMPRESSED = [
+    kind for kind in dict.fromkeys(backend(*case) for case in CASES) if kind != DenseCache
+]
 # Largest relative error of attention on structured keys, measured and rounded up.
 BOUNDS = {
     ("dense", "auto"): 1e-6,
@@ -54,7 +59,7 @@ BOUNDS = {
     ("shadowkv", "int4"): 0.33,
 }
 # What makes contexts fold that are as short as these.
-SETTINGS = {"shadowkv": {"threshold": 60, "budget": 64, "outliers": 2}}
+SETTINGS = {"shadowkv": {"rank": 16, "threshold": 60, "budget": 64, "outliers": 2}}
 every_backend = pytest.mark.parametrize(("kind", "dtype"), CASES)
 
 
@@ -68,17 +73,17 @@ def checkpoint(tiny_llama: Callable[[int], Path]) -> Path:
     return tiny_llama(32)
 
 
-def told(checkpoint: Path, kind: str, dtype: str) -> list[tuple]:
+def told(checkpoint: Path, kind: type[KVCache]) -> list[tuple]:
     """What an engine with a backend at its exact setting says, log-probabilities included."""
-    found = backend(kind, dtype)
-    options = dataclasses.asdict(found.exact(found.parse({})))
-    # These have flags of their own.
-    for name in ("prefix", "dtype", "host_bytes"):
-        options.pop(name, None)
-    kind = f"{found.__module__}:{found.__name__}"
+    exact = kind.exact(kind.parse({}))
+    settings = dataclasses.fields(exact)
+    options = {
+        f.name: getattr(exact, f.name) for f in settings if getattr(exact, f.name) != f.default
+    }
+    name = f"{kind.__module__}:{kind.__name__}"
     config = Config(
-        model=ModelSettings(path=str(checkpoint), dtype="float32", device="cpu"),
-        cache=CacheSettings(kind=kind, options=options, page_size=16, memory_bytes=2**21),
+        model=ModelSettings(path=str(checkpoint), dtype="float32", device="cpu", max_len=512),
+        cache=CacheSettings(kind=name, options=options, page_size=16, memory_bytes=2**21),
         scheduler=SchedulerSettings(max_sequences=8, max_tokens=100),
     )
     engine = Engine(config)
@@ -98,12 +103,12 @@ def told(checkpoint: Path, kind: str, dtype: str) -> list[tuple]:
     return outputs
 
 
-@every_backend
-def test_the_exact_setting_says_what_dense_says(checkpoint: Path, kind: str, dtype: str):
+@pytest.mark.parametrize("kind", COMPRESSED, ids=lambda kind: kind.__name__)
+def test_the_exact_setting_says_what_dense_says(checkpoint: Path, kind: type[KVCache]):
     """Bitwise, through a model: tokens and log-probabilities."""
-    want = told(checkpoint, "dense", "auto")
+    want = told(checkpoint, DenseCache)
     assert len({token for output in want for token in output[2]}) > 40
-    assert told(checkpoint, kind, dtype) == want
+    assert told(checkpoint, kind) == want
 
 
 @every_backend

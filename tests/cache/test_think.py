@@ -80,16 +80,20 @@ def test_a_step_that_is_done_again_counts_once(lab: Callable):
     assert torch.equal(*energies)
 
 
-def test_a_short_prompt_is_observed_on_into_its_answer(lab: Callable, oracle: ModuleType):
+def test_a_short_prompt_is_observed_on_into_each_of_its_answers(lab: Callable, oracle: ModuleType):
     one = lab()
     seq = one.add(text(9))
     one.prefill(seq)
-    one.decode(seq, text(60, seed=1))
-    assert len(seq.folded) == 1
-    queries, keys = one.queries(seq.tokens)[:, :32], one.keys(seq.tokens)[:, : N_FOLD + 32]
-    for layer in range(2):
-        want = oracle.kept_channels(queries[layer], keys[layer], 16)
-        assert one.cache._channels[layer, seq.row].tolist() == want
+    child = Sequence(seq.request, tokens=seq.tokens.copy())
+    one.live.append(child)
+    assert one.cache.fork(seq, child)
+    for each, seed in ((seq, 1), (child, 2)):
+        one.decode(each, text(60, seed=seed))
+        assert len(each.folded) == 1
+        queries, keys = one.queries(each.tokens)[:, :32], one.keys(each.tokens)[:, : N_FOLD + 32]
+        for layer in range(2):
+            want = oracle.kept_channels(queries[layer], keys[layer], 16)
+            assert one.cache._channels[layer, each.row].tolist() == want
 
 
 @pytest.mark.parametrize("recent", [0, 5, 32])
@@ -280,16 +284,35 @@ def test_bytes_shrink_when_the_prompt_is_complete(lab: Callable):
     assert (n_folded + n_full) * 16 / 500 < 0.84
 
 
-def test_the_footprint_is_what_blocks_take(lab: Callable):
-    one = lab()
+@pytest.mark.parametrize(("value_prune_ratio", "n_fold"), [(0.0, N_FOLD), (0.5, 32)])
+def test_the_footprint_is_what_blocks_and_rows_take(
+    lab: Callable, value_prune_ratio: float, n_fold: int
+):
+    one = lab(value_prune_ratio=value_prune_ratio)
     footprint = ThinkCache.footprint(one.spec, one.config)
     assert footprint.page_bytes(16) == one.cache._page_bytes
-    assert footprint.bytes_per_token == -(-one.cache._page_bytes // N_FOLD)
-    one.prefill(one.add(text(3)))
-    rows = (one.cache._energy, one.cache._queries, one.cache._channels)
-    state = sum(x[:, 0].nbytes for x in rows)
-    assert one.cache._value_channels is None
+    assert footprint.bytes_per_token == -(-one.cache._page_bytes // n_fold)
+    cache = one.cache
+    rows = (cache._energy, cache._queries, cache._channels, cache._value_channels)
+    assert (cache._value_channels is None) == (not value_prune_ratio)
+    state = sum(x[:, 0].nbytes for x in rows if x is not None)
     assert footprint.bytes_per_sequence == state
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.5, {"keys": 0.5, "values": 1.0}), (0.0, {})])
+def test_shares_are_told_and_a_ratio_that_keeps_all_is_a_warning(
+    lab: Callable, caplog: pytest.LogCaptureFixture, ratio: float, kept: dict
+):
+    assert lab(prune_ratio=ratio).cache.stats([]).kept == kept
+    assert ("nothing folds" in caplog.text) == (not kept)
+
+
+@pytest.mark.parametrize("kind", ["think", "cskv"])
+def test_a_window_as_long_as_the_context_is_refused(lab: Callable, kind: str):
+    lab(kind, recent=511)
+    says = "recent: 512 leaves nothing to fold of --max-model-len 512; lower it"
+    with pytest.raises(Refused, match=says):
+        lab(kind, recent=512)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ CASES = [
     {"kind": "cskv"},
     {"kind": "cskv", "dtype": "int4", "options": {"recent": 0}},
     {"kind": "cskv", "dtype": "int8", "options": {"mode": "selective", "budget": 32}},
-    {"kind": "shadowkv", "options": {"threshold": 60, "budget": 32, "outliers": 2}},
+    {"kind": "shadowkv", "options": {"rank": 16, "threshold": 60, "budget": 32, "outliers": 2}},
 ]
 folding = pytest.mark.parametrize("cache", CASES, ids=lambda c: "-".join(map(str, c.values())))
 

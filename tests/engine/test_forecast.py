@@ -21,7 +21,7 @@ CASES = [
     {"kind": "dense", "dtype": "int4"},
     {"kind": "cskv", "options": {"keep": 0.5}},
     {"kind": "cskv", "options": {"mode": "selective", "chunk": 16}},
-    {"kind": "shadowkv", "options": {"threshold": 60, "budget": 32, "outliers": 2}},
+    {"kind": "shadowkv", "options": {"rank": 16, "threshold": 60, "budget": 32, "outliers": 2}},
 ]
 backends = pytest.mark.parametrize("cache", CASES, ids=lambda c: "-".join(map(str, c.values())))
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -251,7 +253,17 @@ def test_calibrate_writes_what_serving_reads(tmp_path: Path):
     assert "cskv" in plan(*SMALL, *settings, "--tokens", "1K").output
     refused = plan(*SMALL, *settings, "--kv-cache-config.keep=0.8")
     assert refused.exit_code == 2
-    assert "the bases hold no more components" in refused.output
+    assert "keep: 0.8 is more than the bases hold, which is 0.2969" in refused.output
+
+
+def test_calibrate_says_what_serving_accepts(tmp_path: Path):
+    small = ["--n-tokens", "600", "--longest", "512", "--keep", "0.1", "--groups", "2"]
+    out = tmp_path / "of a model"
+    arguments = ["calibrate", "cskv", "--out", str(out), *small, "--device", "cpu"]
+    told = CliRunner().invoke(cli.app, arguments).output.splitlines()[-1]
+    settings = shlex.split(told.removeprefix("serve with: "))
+    result = plan(*SMALL, *settings, "--tokens", "1K")
+    assert result.exit_code == 0, result.output
 
 
 def test_calibrate_refuses_as_serving_does(tmp_path: Path):
@@ -281,9 +293,39 @@ def test_plan_compares_a_backend_with_dense() -> None:
     assert "requests of 1,024: seale" in rows
 
 
+@pytest.mark.parametrize(
+    ("settings", "page", "channels"),
+    [
+        (("think",), "85 tokens", "32 of keys, 64 of values"),
+        (
+            ("think", "--kv-cache-config.value_prune_ratio=0.5"),
+            "128 tokens",
+            "32 of keys, 32 of values",
+        ),
+        (("think", "--kv-cache-config.prune_ratio=0.01"), "nothing folds", None),
+        (("cskv", "--kv-cache-config.keep=0.95"), "nothing folds", None),
+    ],
+)
+def test_plan_says_what_folds_and_what_is_kept(
+    settings: tuple[str, ...], page: str, channels: str | None
+) -> None:
+    said = plan(*SMALL, "--kv-cache", *settings).output
+    rows = {cells[0]: cells[1:] for line in said.splitlines() if (cells := split(line))}
+    assert rows["a folded page"] == [page, "nothing folds"]
+    assert rows.get("channels kept") == (channels and [channels, "all"])
+    told = json.loads(plan(*SMALL, "--kv-cache", *settings, "--json").output)["backends"][0]
+    assert (told["folded_tokens"] > 0) == (page != "nothing folds")
+    assert bool(told["kept_channels"]) == (channels is not None)
+
+
+def split(row: str) -> list[str]:
+    return re.split(r"\s{2,}", row.strip())
+
+
 SHADOW = (
     *("--kv-cache", "shadowkv", "--kv-cache-config.threshold", "1024"),
     *("--kv-cache-config.budget", "256", "--kv-cache-config.outliers", "8"),
+    *("--kv-cache-config.rank", "32"),
 )
 
 

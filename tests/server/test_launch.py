@@ -150,7 +150,8 @@ async def test_introduction_says_what_fits(capsys: pytest.CaptureFixture[str]) -
     while "address" not in (said := capsys.readouterr().err):
         await asyncio.sleep(0)
     assert "8 bytes" in said
-    assert "16 chats of 64 tokens, 1,024 in all" in said
+    fits = "16 chats of 64 tokens, 1,024 in all; at most 64 run at the same time (--max-num-seqs)"
+    assert fits in said
     assert f"http://127.0.0.1:{stage.port}/v1" in said
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running == 0
