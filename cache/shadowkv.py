@@ -15,15 +15,18 @@ tokens that were found by their prefix count, and those of a step that is done a
 Selection is a softmax over landmarks and no estimate is made of what was not selected.
 
 What this does not do: save memory below `threshold` tokens, or while a prompt is being computed;
-attend to all that was said, which costs most where an answer aggregates over a long text; serve
-models whose layers have sliding windows. Lossless setting: all components, values on the device and
-no dtype, at which nothing folds. State per sequence, beside the pages of its slots: layers ·
-kv_heads · (head_dim · rank · 2 + 4 · slots) bytes; 4 instead of 2 in float32.
+attend to all that was said, which costs most where an answer aggregates over a long text; select
+alike where scores differ by rounding, as they do when a prompt's beginning was found instead of
+computed: of two chunks that tie either may be read; serve models whose layers have sliding windows.
+Lossless setting: all components, values on the device and no dtype, at which nothing folds. State
+per sequence, beside the pages of its slots: layers · kv_heads · (head_dim · rank · 2 + 4 · slots)
+bytes; 4 instead of 2 in float32.
 """
 
 import heapq
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -58,7 +61,8 @@ log = logging.getLogger(__name__)
 PLACES = ("host", "device")
 VALUE_DTYPES = ("auto", "int8", "int4")
 CHUNKS = (4, 8, 16, 32)
-# Of keys of so many numbers so many components are enough (§5.1); the same share of any others.
+# Of keys of so many numbers so many components are enough (§5.1), of others as many as go by the
+# root of their width: of the demo model's 128, 32 lose half of its answers and 64 none.
 _RANK, _OF_NUMBERS, _RANK_STEP = 160, 1024, 16
 # Keys that are turned back at a time.
 _TILE_TOKENS = 1024
@@ -69,7 +73,7 @@ class ShadowKVConfig(FoldedConfig):
     """What ShadowKV keeps, and what it reads."""
 
     rank: int = 0
-    """Components of keys to keep; 0 for what 160 is to keys of 1,024 numbers."""
+    """Components of keys to keep; 0 for 160 of 1,024, and by the root of the width for others."""
     budget: int = 2048
     """Folded tokens that a KV head selects."""
     outliers: int = 48
@@ -103,7 +107,7 @@ class ShadowKVConfig(FoldedConfig):
         """Of keys of so many numbers, those to keep."""
         wanted = self.rank
         if not wanted:
-            steps = round(n_numbers * _RANK / (_OF_NUMBERS * _RANK_STEP))
+            steps = round(_RANK / _RANK_STEP * math.sqrt(n_numbers / _OF_NUMBERS))
             wanted = max(1, steps) * _RANK_STEP
         return min(wanted, n_numbers)
 
@@ -202,6 +206,7 @@ class ShadowKVCache(FoldedCache):
     def prepared(
         cls, spec: CacheSpec, config: Any, calibrate: Callable[[int], Any] | None = None
     ) -> Any:
+        super().prepared(spec, config)
         if any(window is not None and window < spec.max_len for window in spec.windows):
             raise Refused(
                 "--kv-cache shadowkv: this model has layers with a sliding window, which would "
@@ -222,6 +227,16 @@ class ShadowKVCache(FoldedCache):
                     spec.max_len,
                 )
             return config
+        for name, n_tokens in (
+            ("budget", config.budget),
+            ("outliers", config.outliers * config.chunk),
+        ):
+            if n_tokens > spec.max_len:
+                raise refused(
+                    name,
+                    f"{getattr(config, name):,} are {n_tokens:,} tokens, more than "
+                    f"--max-model-len {spec.max_len:,}; lower it",
+                )
         footprint = cls.footprint(spec, config)
         needed = cls.n_host_pages(spec, config, spec.max_len) + 1
         held = footprint.n_host_pages(config.host_bytes, needed)
@@ -526,7 +541,8 @@ class ShadowKVCache(FoldedCache):
                 spec.page_size,
                 None,
                 spec.device,
-                token_bytes=spec.n_kv_heads * spec.head_dim * spec.dtype.itemsize,
+                # As where folded pages are read: a view of pages that do not touch gains nothing.
+                token_bytes=1,
                 first_token=folded,
                 slots=[
                     (pages, min(n_folded // config.chunk, config.n_slots) * config.chunk)

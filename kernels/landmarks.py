@@ -153,12 +153,13 @@ def _score_torch(
     grouped = q.view(n, kv_heads, -1, q.shape[2])
     product = q.new_empty(n, kv_heads, grouped.shape[2], n_tiles, tile, dtype=torch.float32)
     for first in range(0, len(rows), _TILES):
-        at = rows[first : first + _TILES], places[first : first + _TILES]
         # One product is worth some tiles that are computed twice.
-        at = tuple(pad(x[None], (0, common_size(len(x)) - len(x)), "replicate")[0] for x in at)
-        product[at[0], :, :, at[1]] = _products(
-            grouped.index_select(0, at[0]), landmarks, pages[at]
+        row, place = (
+            pad(x.unsqueeze(0), (0, common_size(len(x)) - len(x)), "replicate").squeeze(0)
+            for x in (rows[first : first + _TILES], places[first : first + _TILES])
         )
+        tiles = _products(grouped.index_select(0, row), landmarks, pages[row, place])
+        product[row, :, :, place] = tiles
     product.mul_(scale).masked_fill_(is_hidden.unsqueeze(2), -torch.inf)
     # Hidden chunks add exact zeros behind the others.
     scores = product.flatten(3).log_softmax(3).amax(2)

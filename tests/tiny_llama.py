@@ -18,7 +18,7 @@ def write(path: Path, head_dim: int) -> Path:
             num_attention_heads=6,
             num_key_value_heads=2,
             head_dim=head_dim,
-            max_position_embeddings=512,
+            max_position_embeddings=2304,
             pad_token_id=0,
             eos_token_id=1,
             bos_token_id=2,

@@ -16,7 +16,13 @@ from kvfold.core.sequence import Request, SamplingParams, Sequence
 from kvfold.kernels.rope import RotaryTable, rotate, rotate_back
 from kvfold.kernels.slots import Misses, update_slots
 
-SMALL: dict[str, Any] = {"kind": "shadowkv", "threshold": 60, "budget": 64, "outliers": 3}
+SMALL: dict[str, Any] = {
+    "kind": "shadowkv",
+    "rank": 16,
+    "threshold": 60,
+    "budget": 64,
+    "outliers": 3,
+}
 WHOLE: dict[str, Any] = {**SMALL, "rank": 64}
 """All components: what is read is exact."""
 
@@ -124,7 +130,7 @@ def test_chunks_of_the_highest_scores_are_read(lab: Callable):
 
 @pytest.mark.parametrize("chunk", [512, 50])
 def test_keys_are_those_of_the_best_rank(lab: Callable, chunk: int):
-    one = lab(**SMALL, rank=16)
+    one = lab(**SMALL)
     seq = one.add(text(250))
     one.prefill(seq, chunk)
     for layer in range(2):
@@ -345,7 +351,9 @@ def test_a_fork_without_room_changes_nothing(lab: Callable):
 
 
 def test_host_memory_is_a_limit_like_any_other(lab: Callable):
-    page_bytes = ShadowKVCache.footprint(lab().spec, ShadowKVConfig(threshold=60)).host_page_bytes
+    page_bytes = ShadowKVCache.footprint(
+        lab().spec, ShadowKVConfig(rank=16, threshold=60)
+    ).host_page_bytes
     one = lab(**{**SMALL, "outliers": 1}, host_bytes=7 * page_bytes)
     assert one.cache._host.nbytes == 7 * page_bytes
     first, second, third = (one.add(text(250, seed=i)) for i in range(3))
@@ -429,7 +437,7 @@ def test_bytes_at_a_long_context(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("kv_heads", "head_dim", "rank", "n_kept"),
     [
-        *((8, 128, 0, 160), (8, 64, 0, 80), (2, 64, 0, 16), (32, 96, 0, 480), (2, 16, 0, 16)),
+        *((8, 128, 0, 160), (8, 64, 0, 112), (2, 64, 0, 64), (32, 96, 0, 272), (2, 16, 0, 32)),
         *((8, 128, 200, 200), (2, 16, 160, 32)),
     ],
 )
@@ -472,9 +480,12 @@ def test_local_is_another_name_of_recent():
     ("change", "options", "message"),
     [
         ({"windows": (None, 100)}, {}, "layers with a sliding window"),
+        ({}, {"recent": 512}, "recent: 512 leaves nothing to fold of --max-model-len 512"),
         ({"page_size": 24}, {"chunk": 16}, "chunk: 16 must divide --block-size 24"),
         ({}, {"rank": 15, "dtype": "int4"}, "rank: 15 must be even"),
-        ({}, {"threshold": 60, "host_bytes": 50_000}, "--kv-host-memory 50,000 holds"),
+        ({}, {"threshold": 60, "budget": 512, "host_bytes": 50_000}, "--kv-host-memory 50,000 ho"),
+        ({}, {"threshold": 60}, "budget: 2,048 are 2,048 tokens, more than --max-model-len 512"),
+        ({}, {"threshold": 60, "budget": 8, "outliers": 65}, "outliers: 65 are 520 tokens"),
     ],
 )
 def test_models_that_it_cannot_serve_are_refused(

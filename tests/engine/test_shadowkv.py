@@ -10,7 +10,10 @@ from kvfold.cache import shadowkv
 from kvfold.core.errors import Refused
 from kvfold.kernels.slots import Misses, update_slots
 
-CACHE = {"kind": "shadowkv", "options": {"threshold": 60, "budget": 32, "outliers": 2}}
+CACHE = {
+    "kind": "shadowkv",
+    "options": {"rank": 16, "threshold": 60, "budget": 32, "outliers": 2},
+}
 
 
 def prompt(n: int, seed: int) -> list[int]:
@@ -27,13 +30,15 @@ def made_anew(chosen: torch.Tensor, chunk_of: torch.Tensor, rows: torch.Tensor) 
 def test_a_crowd_and_a_conversation_read_what_a_rebuild_of_all_gives(
     engine_of: Callable, monkeypatch: pytest.MonkeyPatch
 ):
-    """50 ragged requests at a time; three turns, of which the second asks more than the first."""
+    """50 ragged requests at a time, one of which does not end; three turns, a long one second."""
 
     def told() -> tuple[list[list[int]], Any]:
-        one = engine_of(pages=1500, max_len=512, max_sequences=60, cache=CACHE, overlaps=True)
+        one = engine_of(pages=1500, max_len=2100, max_sequences=60, cache=CACHE, overlaps=True)
         for i in range(50):
             one.add(f"r{i}", prompt(10 + 7 * i, seed=i), max_tokens=30 + i)
+        one.add("endless", prompt(90, seed=50), max_tokens=2000)
         one.run()
+        assert len(one.tokens("endless")) == 2000
         texts = [one.tokens(f"r{i}") for i in range(50)]
         said: list[int] = []
         for turn, n in enumerate((90, 200, 40)):
@@ -44,7 +49,7 @@ def test_a_crowd_and_a_conversation_read_what_a_rebuild_of_all_gives(
         stats = one.engine.stats()
         assert not any((*stats.kv_bytes.values(), stats.kv_host_bytes, stats.n_preempted))
         assert stats.prefix_hits > 0
-        return [*texts, said], stats.selection
+        return [*texts, one.tokens("endless"), said], stats.selection
 
     texts, reused = told()
     monkeypatch.setattr(shadowkv, "update_slots", made_anew)
