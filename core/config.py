@@ -37,9 +37,10 @@ class ModelSettings:
 class CacheSettings:
     """Where keys and values live."""
 
-    kind: str = _text("dense", "KV-cache backend")
+    kind: str = _text("dense", "dense, think, cskv or shadowkv, or a backend's module:Class")
     options: dict[str, Any] = field(
-        default_factory=dict, metadata={"text": "the backend's own settings"}
+        default_factory=dict,
+        metadata={"text": "the backend's own settings; --kv-cache-config.NAME VALUE states one"},
     )
     dtype: str = _text("auto", "auto, fp8, int8 or int4: how sealed keys and values are stored")
     page_size: int | None = _text(

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from kvfold.core.config import Config
+from kvfold.cache.registry import BACKENDS
+from kvfold.core.config import CacheSettings, Config
 from kvfold.core.errors import Refused
 from kvfold.server import cli
 from typer.testing import CliRunner, Result
@@ -202,6 +203,11 @@ def test_wrong_files_never_show_a_key(tmp_path: Path, content: str) -> None:
     assert result.exit_code == 2, result.output
     assert "hidden" not in result.output
     assert "api_keys" in result.output or "line 1, column" in result.output
+
+
+def test_help_names_every_backend() -> None:
+    (kind,) = (f for f in dataclasses.fields(CacheSettings) if f.name == "kind")
+    assert set(BACKENDS) < set(re.findall(r"\w+", kind.metadata["text"]))
 
 
 def test_a_list_of_one_may_be_written_without_brackets(tmp_path: Path) -> None:
