@@ -62,7 +62,7 @@ PLACES = ("host", "device")
 VALUE_DTYPES = ("auto", "int8", "int4")
 CHUNKS = (4, 8, 16, 32)
 # Of keys of so many numbers so many components are enough (§5.1), of others as many as go by the
-# root of their width: of the demo model's 128, 32 lose half of its answers and 64 none.
+# root of their width: of the demo model's 256, 32 lose half of its answers and 64 none.
 _RANK, _OF_NUMBERS, _RANK_STEP = 160, 1024, 16
 # Keys that are turned back at a time.
 _TILE_TOKENS = 1024
@@ -354,7 +354,8 @@ class ShadowKVCache(FoldedCache):
             return False
         if super().reserve(seq, n_tokens):
             return True
-        if not had_slots:
+        # What folded before something was missing is in the basis of this row.
+        if not had_slots and not seq.folded:
             self._drop_slots(seq)
         return False
 
@@ -606,6 +607,10 @@ class ShadowKVCache(FoldedCache):
     def check(self, live: Iterable[Sequence]) -> None:
         live = list(live)
         super().check(live)
+        for seq in live:
+            assert bool(seq.slots) == (seq.row > 0) >= bool(seq.n_folded), (
+                f"{seq.n_folded} folded tokens, row {seq.row}, slots {seq.slots}"
+            )
         if self._page_of is None:
             return
         held = {page for seq in live for page in seq.folded}

@@ -350,6 +350,33 @@ def test_a_fork_without_room_changes_nothing(lab: Callable):
     assert child.n_computed == child.n_folded == 0
 
 
+def test_what_folded_keeps_its_basis_when_a_reservation_fails(lab: Callable):
+    """A fork that folds as far as host memory goes waits for more, and others come in between."""
+    alone = lab(**SMALL)
+    first = alone.add(text(250))
+    alone.prefill(first)
+    want = alone.decode(first, text(20, seed=9))
+    one = lab(**SMALL)
+    parent = one.add(text(250))
+    free = one.cache._free_host_pages
+    held, free[:] = free[:], []
+    one.prefill(parent)
+    child = Sequence(parent.request, tokens=parent.tokens.copy())
+    one.live.append(child)
+    assert one.cache.fork(parent, child)
+    free[:] = held[:1]
+    child.tokens.append(1)
+    assert not one.cache.reserve(child, 1)
+    child.tokens.pop()
+    assert child.n_folded > 0
+    free += held[1:]
+    one.check()
+    other = one.add(text(250, seed=4))
+    one.prefill(other)
+    one.decode(other, [3])
+    assert torch.equal(one.decode(child, text(20, seed=9)), want)
+
+
 def test_host_memory_is_a_limit_like_any_other(lab: Callable):
     page_bytes = ShadowKVCache.footprint(
         lab().spec, ShadowKVConfig(rank=16, threshold=60)
