@@ -17,7 +17,17 @@ def run(code: str) -> str:
 def test_everything_but_the_server_imports_without_the_http_stack():
     modules = [
         f"kvfold.{path.parent.name}.{path.stem}"
-        for folder in ("core", "kernels", "cache", "models", "engine", "demo", "bench", "eval")
+        for folder in (
+            "core",
+            "kernels",
+            "cache",
+            "adapters",
+            "models",
+            "engine",
+            "demo",
+            "bench",
+            "eval",
+        )
         for path in sorted((ROOT / folder).glob("*.py"))
         if path.name != "wire.py"  # the codec itself; imported when a child is started
     ]

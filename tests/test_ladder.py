@@ -10,13 +10,13 @@ RANK = {
     "core": 0,
     "demo": 0,
     "cache": 1,
-    "adapters": 1,
     "sparsity": 1,
     "models": 2,
-    "engine": 3,
-    "bench": 4,
-    "eval": 5,
-    "server": 6,
+    "adapters": 3,
+    "engine": 4,
+    "bench": 5,
+    "eval": 6,
+    "server": 7,
 }
 FOLDERS = sorted(
     {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "build", "dist", "docs"}
