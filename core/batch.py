@@ -1,6 +1,7 @@
 """One forward pass: tensors and host integers, passed explicitly from the runner to the kernels."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,16 @@ class Tables:
     """[S, P'] int32 – ids of the folded pages that hold the first tokens, like `page_table`."""
     folded_len: torch.Tensor
     """[S] int32 – tokens in folded pages."""
+
+
+class Additions(Protocol):
+    """What adapters add to the linears of one step."""
+
+    def add(self, linear: str, x: torch.Tensor, out_y: torch.Tensor) -> torch.Tensor:
+        """`out_y` [rows, out], with what the linear of that name gets for its input x [rows, in].
+
+        Rows are those of the whole step, or those alone whose logits are wanted.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +73,8 @@ class Batch:
     """The same geometry on the device; None on a CPU, whose kernels read the host's."""
     sequences: tuple[Sequence, ...] = ()
     """Host side, for error messages."""
+    adapters: Additions | None = None
+    """None where no sequence has one."""
     plan: object = None
     """Filled by `KVCache.plan`, once per step, read by `KVCache.attend` of the same backend."""
 

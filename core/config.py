@@ -60,6 +60,29 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings:
+    """What requests may choose instead of the bare model."""
+
+    modules: tuple[str, ...] = _text((), "adapters to serve, each as name=directory")
+    max_rank: int = _text(64, "highest rank that an adapter may have")
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Directory of each adapter by its name."""
+        split = (module.partition("=") for module in self.modules)
+        return {name: path for name, _, path in split}
+
+    def check(self) -> None:
+        """Refuse modules that name no directory, or a name twice."""
+        for module in self.modules:
+            name, _, path = module.partition("=")
+            if not (name and path):
+                raise Refused(f"--lora-modules {module!r} must be name=directory")
+            if sum(other.startswith(f"{name}=") for other in self.modules) > 1:
+                raise Refused(f"--lora-modules names {name!r} twice; drop one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerSettings:
     """How requests share a step."""
 
@@ -96,6 +119,7 @@ class Config:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
 
@@ -142,12 +166,14 @@ class Config:
         for flag, value, allowed in one_of:
             if value not in allowed:
                 raise Refused(f"--{flag} is {value!r}; it must be one of {', '.join(allowed)}")
+        self.adapters.check()
         at_least = (
             ("max-num-seqs", self.scheduler.max_sequences, 1),
             ("max-num-batched-tokens", self.scheduler.max_tokens, 1),
             ("max-queued-requests", self.scheduler.max_queued, 1),
             ("block-size", self.cache.page_size, 8),
             ("max-model-len", self.model.max_len, 1),
+            ("max-lora-rank", self.adapters.max_rank, 1),
             ("kv-cache-memory-bytes", self.cache.memory_bytes, 1),
             ("kv-host-memory", self.cache.host_bytes, 1),
             ("port", self.server.port, 0),

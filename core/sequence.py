@@ -113,6 +113,8 @@ class Sequence:
     """Row of per-sequence cache state, where a backend keeps some."""
     generation: bytes = b""
     """Content digest of the adapter, part of every prefix key; empty is the base model."""
+    adapter_slot: int = -1
+    """Where that adapter's weights are; -1 for the base model."""
     forks: list["Sequence"] = field(default_factory=list)
     """Other continuations of the request, until the prompt is computed and they part ways."""
     prompt_logprobs: list["TokenLogprobs | None"] = field(default_factory=list)

@@ -27,6 +27,7 @@ from ..core.report import EngineInfo, EngineStats, ProbeStats
 from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..models.loader import load
 from .blueprint import Blueprint
+from .adapters import serve_adapters
 from .calibrate import calibrate_briefly
 from .device import open_device
 from .forecast import fit
@@ -69,6 +70,9 @@ class Engine:
 
             model = load(blueprint.path, spec.dtype, spec.device, spec.max_len, show)
         tokenizer = config.model.tokenizer
+        pool, self._adapters = serve_adapters(
+            config.adapters, blueprint.path, architecture, spec.identity, spec.dtype, spec.device
+        )
         calibrate = partial(calibrate_briefly, model, blueprint.path, tokenizer, spec, device)
         options = kind.prepared(spec, options, calibrate)
         footprint = blueprint.footprint
@@ -112,7 +116,7 @@ class Engine:
         self._device = device
         self._cache = cache
         self._scheduler = Scheduler(config.scheduler, cache)
-        self._runner = Runner(model, cache, spec.page_size, device, graphs)
+        self._runner = Runner(model, cache, spec.page_size, device, graphs, pool)
         self._sequences: dict[str, list[Sequence]] = {}
         # Launched and not yet taken in; between steps at most one.
         self._flights: deque[Flight] = deque()
@@ -155,16 +159,31 @@ class Engine:
                 f"{self.info.max_len:,} (and a prompt at least 1)",
                 param="max_tokens",
             )
-        if request.adapter is not None:
-            raise NotFound(f"no adapter {request.adapter!r} is loaded", param="model")
+        generation, slot = self._served(request.adapter)
         self._n_requests += 1
         first, *forks = sequences = [
-            Sequence(request, index, order=self._n_requests) for index in range(request.sampling.n)
+            Sequence(
+                request,
+                index,
+                generation=generation,
+                adapter_slot=slot,
+                order=self._n_requests,
+            )
+            for index in range(request.sampling.n)
         ]
         first.tokens = list(request.prompt)
         first.forks = forks
         self._sequences[request.id] = sequences
         self._scheduler.add(first)
+
+    def _served(self, name: str | None) -> tuple[bytes, int]:
+        """Generation and slot of an adapter. Raises `NotFound`."""
+        if name is None:
+            return b"", -1
+        if name not in self._adapters:
+            raise NotFound(f"no adapter {name!r} is loaded", param="model")
+        served = self._adapters[name]
+        return bytes.fromhex(served.generation), served.slot
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """End a request, or one continuation of it, and release what it holds.

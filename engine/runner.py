@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..adapters.pool import AdapterPool
 from ..cache.base import KVCache
 from ..core import faults
-from ..core.batch import TABLE_STEP, Batch, Tables
+from ..core.batch import TABLE_STEP, Additions, Batch, Tables
 from ..core.report import ProbeStats
 from ..core.sequence import Sequence, TokenLogprobs
 from ..models.transformer import Decoder
@@ -65,8 +66,10 @@ class Runner:
         page_size: int,
         device: Device,
         graphs: Graphs | None = None,
+        adapters: AdapterPool | None = None,
     ) -> None:
         self._model = model
+        self._adapters = adapters
         self._cache = cache
         self._page_size = page_size
         self._device = device
@@ -85,7 +88,11 @@ class Runner:
 
         Each of `shadows` has one token planned, as its original has, with which it is compared.
         """
-        planned = [*shadows, *planned]
+        # Rows of one adapter lie together, as far as single-token sequences come first.
+        planned = [
+            *shadows,
+            *sorted(planned, key=lambda seq: (seq.n_planned > 1, seq.adapter_slot)),
+        ]
         wanted = [_wanted_rows(seq) for seq in planned]
         drawing, scoring = _purposes(planned, wanted)
         draws = [draw for draw, _ in drawing]
@@ -94,7 +101,10 @@ class Runner:
 
         columns = self._sampler.columns(sequences) if sequences else {}
         arrays, geometry = _arrays(planned, wanted, self._page_size)
-        size = None if self._graphs is None else self._graphs.size_for(planned)
+        additions = self._additions(planned, arrays["logits_at"])
+        size = None
+        if self._graphs is not None and additions is None:
+            size = self._graphs.size_for(planned)
         if size is not None:
             arrays = filled(arrays | geometry, size)
         elif not self._device.is_host:
@@ -106,7 +116,8 @@ class Runner:
             known = self._ids.index_select(0, moved["pending_rows"])
             moved["tokens"].index_copy_(0, moved["pending_at"], known)
         if size is None or self._graphs is None:
-            logits = self._model(self._batch(planned, geometry, moved), self._cache)
+            batch = self._batch(planned, geometry, moved, additions)
+            logits = self._model(batch, self._cache)
         else:
             logits = self._graphs.replay(moved, size)[: len(planned)]
 
@@ -127,11 +138,18 @@ class Runner:
             seq.prompt_logprobs.extend(score())
         return Flight(draws, arrive, probed)
 
+    def _additions(self, planned: Rows[Sequence], logits_at: np.ndarray) -> Additions | None:
+        if self._adapters is None:
+            return None
+        slots = np.repeat([seq.adapter_slot for seq in planned], [seq.n_planned for seq in planned])
+        return self._adapters.plan(slots, logits_at)
+
     def _batch(
         self,
         planned: Rows[Sequence],
         geometry: Mapping[str, np.ndarray],
         moved: Mapping[str, torch.Tensor],
+        additions: Additions | None,
     ) -> Batch:
         size = self._page_size
         context_len = geometry["context_len"].tolist()
@@ -156,6 +174,7 @@ class Runner:
                 else None
             ),
             sequences=tuple(planned),
+            adapters=additions,
         )
         return replace(batch, plan=self._cache.plan(batch))
 

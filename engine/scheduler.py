@@ -78,7 +78,14 @@ class Scheduler:
             self.drop_shadows()
         elif room and is_probed and self._n_places > 0:
             # The very list of tokens, so that the one being drawn arrives in both.
-            shadow = Sequence(seq.request, seq.index, tokens=seq.tokens, original=seq)
+            shadow = Sequence(
+                seq.request,
+                seq.index,
+                tokens=seq.tokens,
+                generation=seq.generation,
+                adapter_slot=seq.adapter_slot,
+                original=seq,
+            )
             if self._cache.fork(seq, shadow):
                 self._shadows.append(shadow)
             if self._cache.n_free_tokens < room:

@@ -20,8 +20,9 @@ class Linear:
         self.packed = kernel.pack(weight, bias)
 
     def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """[T, in] → [T, out]; a row of the result depends on that row of `x` alone."""
-        return kernel.linear(x, self.packed)
+        """[T, in] → [T, out]; a row depends on that row of `x` and on its adapter alone."""
+        y = kernel.linear(x, self.packed)
+        return y if batch.adapters is None else batch.adapters.add(self.name, x, y)
 
     @property
     def nbytes(self) -> int:

@@ -48,6 +48,7 @@ class Api:
         self.text = text
         self.metrics = metrics
         self.served_names = served_names
+        self.adapter_names = tuple(config.adapters.paths)
         self.ping_s = ping_s
         self.created = int(time.time())
         self.admission = Admission(
@@ -56,6 +57,11 @@ class Api:
         )
         # Draws seeds, not secrets; the server's own seed makes a whole run repeatable.
         self._seeds = random.Random(config.model.seed)  # noqa: S311
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `model` may be: the model's own names, then those of adapters."""
+        return (*self.served_names, *self.adapter_names)
 
     @property
     def info(self) -> EngineInfo:
@@ -131,10 +137,10 @@ class Api:
 
     def check_model(self, name: str) -> None:
         """Raise `NotFound` unless the model is served here."""
-        if name not in self.served_names:
+        if name not in self.names:
             raise NotFound(
                 f"the model {name[:200]!r} does not exist; this server has "
-                + ", ".join(self.served_names),
+                + ", ".join(self.names),
                 param="model",
             )
 
@@ -164,6 +170,7 @@ class Api:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             seed=seed,
+            adapter=body.model if body.model in self.adapter_names else None,
             eos_ids=frozenset(() if body.ignore_eos else (*self.info.eos_ids, *self.text.eos_ids)),
         )
         requests = requests_of(prompts, wish, self.info)

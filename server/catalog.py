@@ -26,7 +26,7 @@ def routes(api: Api) -> APIRouter:
             "owned_by": "kvfold",
             # The name again: where the files lie is nobody's business.
             "root": name,
-            "parent": None,
+            "parent": api.served_names[0] if name in api.adapter_names else None,
             "max_model_len": None if info is None else info.max_len,
             "permission": [],
         }
@@ -34,7 +34,7 @@ def routes(api: Api) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> Response:
         """Every name that requests may use."""
-        return json_response({"object": "list", "data": [card(name) for name in api.served_names]})
+        return json_response({"object": "list", "data": [card(name) for name in api.names]})
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:

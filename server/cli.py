@@ -6,6 +6,7 @@ it has its default; `--dry-run` shows which. The heavy imports are inside the ve
 
 import dataclasses
 import json
+import re
 import shlex
 import sys
 import typing
@@ -47,7 +48,7 @@ app.add_typer(calibrate, name="calibrate")
 
 def main() -> None:
     """The console entry."""
-    app(spread_tokens(fold_dotted(sys.argv[1:])), prog_name="kvfold")
+    app(spread_values(fold_dotted(sys.argv[1:])), prog_name="kvfold")
 
 
 def fold_dotted(arguments: list[str]) -> list[str]:
@@ -76,13 +77,18 @@ def fold_dotted(arguments: list[str]) -> list[str]:
     return [*rest, whole, json.dumps(folded)] if folded else rest
 
 
-def spread_tokens(arguments: list[str]) -> list[str]:
-    """`--tokens 1k 8k` as `--tokens 1k --tokens 8k`: an option takes one value at a time."""
+def spread_values(arguments: list[str]) -> list[str]:
+    """`--tokens 1k 8k` as `--tokens 1k --tokens 8k`: an option takes one value at a time.
+
+    Adapters are spread alike. What follows a value of the option and looks like another is one,
+    which a MODEL does not.
+    """
+    looks = {"--tokens": r"\d", "--lora-modules": r"[^-=][^=]*=."}
     spread: list[str] = []
     for argument in arguments:
-        # A number that follows a value of the option; a MODEL is none.
-        if spread[-2:-1] == ["--tokens"] and argument[:1].isdigit():
-            spread.append("--tokens")
+        option = spread[-2] if len(spread) > 1 else ""
+        if option in looks and re.match(looks[option], argument):
+            spread.append(option)
         spread.append(argument)
     return spread
 
@@ -96,7 +102,7 @@ def count(text: str) -> int:
         value = float(number) * factor if "." in number else int(number) * factor
         whole = int(value)
     except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is no number; write 4096, 4k or 4K") from None
+        raise typer.BadParameter(f"{text!r} is no number; write 4096, 4k, 4K or 4G") from None
     if value != whole:
         raise typer.BadParameter(f"{text!r} is no whole number")
     return whole
@@ -183,6 +189,12 @@ def serve(
         flag("cache.prefix", "--enable-prefix-caching/--no-enable-prefix-caching"),
     ] = None,
     cache_probe: Annotated[float | None, flag("cache.probe", "--kv-probe")] = None,
+    adapters_modules: Annotated[
+        list[str] | None, flag("adapters.modules", "--lora-modules", metavar="NAME=PATH")
+    ] = None,
+    adapters_max_rank: Annotated[
+        int | None, flag("adapters.max_rank", "--max-lora-rank", parser=count)
+    ] = None,
     scheduler_max_sequences: MaxSequences = None,
     scheduler_max_tokens: Annotated[
         int | None, flag("scheduler.max_tokens", "--max-num-batched-tokens", parser=count)
@@ -367,7 +379,7 @@ def _given(ctx: typer.Context) -> tuple[dict[str, Any], dict[str, str]]:
             continue
         if setting == "cache.options":
             value = _json_object(value)
-        elif setting == "model.served_names":
+        elif setting in ("model.served_names", "adapters.modules"):
             value = [part for text in value for part in text.split()]
         given[setting] = value
         sources[setting] = "flag" if kind == "COMMANDLINE" else "environment"

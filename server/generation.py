@@ -41,6 +41,7 @@ class Wish:
     seed: int
     """Of the first prompt; each further one counts on from it."""
     eos_ids: frozenset[int]
+    adapter: str | None = None
 
 
 def requests_of(prompts: Iterable[list[int]], wish: Wish, info: EngineInfo) -> list[Request]:
@@ -81,6 +82,7 @@ def requests_of(prompts: Iterable[list[int]], wish: Wish, info: EngineInfo) -> l
                 id=f"{family}-{i}",
                 prompt=tuple(prompt),
                 sampling=sampling,
+                adapter=wish.adapter,
                 salt=body.cache_salt,
                 priority=body.priority,
                 arrived=arrived,

@@ -55,6 +55,8 @@ def launch(config: Config) -> int:
         typer.echo(f"no MODEL given: serving the embedded demo model as {names[0]}", err=True)
         model = dataclasses.replace(config.model, path=str(model_dir()))
         config = dataclasses.replace(config, model=model)
+    for name in {*names} & {*config.adapters.paths}:
+        raise Refused(f"--lora-modules names {name!r}, which is the model itself; rename it")
     _check_paths(config)
     # Bound first: a port that is taken must not cost a model load to find out.
     with _bind(config) as bound:

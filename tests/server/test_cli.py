@@ -36,6 +36,8 @@ FLAGS = {
     "cache.memory_share": "--gpu-memory-utilization",
     "cache.prefix": "--enable-prefix-caching",
     "cache.probe": "--kv-probe",
+    "adapters.modules": "--lora-modules",
+    "adapters.max_rank": "--max-lora-rank",
     "scheduler.max_sequences": "--max-num-seqs",
     "scheduler.max_tokens": "--max-num-batched-tokens",
     "scheduler.policy": "--scheduling-policy",
@@ -205,6 +207,13 @@ def test_wrong_files_never_show_a_key(tmp_path: Path, content: str) -> None:
     assert "api_keys" in result.output or "line 1, column" in result.output
 
 
+def test_adapters_follow_each_other_and_a_model_is_none() -> None:
+    asked = ["serve", "--dry-run", "--lora-modules", "a=/x", "b=/y", "org/model"]
+    result = CliRunner().invoke(cli.app, cli.spread_values(asked))
+    assert re.search(r'adapters.modules +\["a=/x", "b=/y"\] +flag', result.output)
+    assert re.search(r'model.path +"org/model"', result.output)
+
+
 def test_help_names_every_backend() -> None:
     (kind,) = (f for f in dataclasses.fields(CacheSettings) if f.name == "kind")
     assert set(BACKENDS) < set(re.findall(r"\w+", kind.metadata["text"]))
@@ -280,7 +289,7 @@ def test_calibrate_refuses_as_serving_does(tmp_path: Path):
 
 
 def plan(*arguments: str) -> Result:
-    spread = cli.spread_tokens(cli.fold_dotted(["plan", *arguments]))
+    spread = cli.spread_values(cli.fold_dotted(["plan", *arguments]))
     return CliRunner().invoke(cli.app, spread)
 
 

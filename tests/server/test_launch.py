@@ -1,6 +1,7 @@
 """A server from its first socket to its exit code: signals, drain, giving up."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 import uvicorn
+from kvfold.core.config import AdapterSettings, Config, ModelSettings
 from kvfold.core.errors import KvfoldError, Refused
 from kvfold.core.sequence import FinishReason, Output, Request
 from kvfold.server import launch
@@ -105,6 +107,17 @@ async def test_giving_up_has_its_own_exit_code() -> None:
     await stage.supervisor.ready()
     stage.supervisor._give_up(KvfoldError("too many deaths"))
     assert await running == launch.CRASH_LOOP
+
+
+def test_an_adapter_is_not_called_like_the_model() -> None:
+    model = ModelSettings(path="org/model")
+    for served, name in (((), "org/model"), (("short",), "short")):
+        asked = Config(
+            model=dataclasses.replace(model, served_names=served),
+            adapters=AdapterSettings(modules=("other=/x", f"{name}=/y")),
+        )
+        with pytest.raises(Refused, match=f"--lora-modules names '{name}', which is the model"):
+            launch.launch(asked)
 
 
 async def test_engine_that_refuses_to_start_is_the_reason() -> None:
