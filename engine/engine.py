@@ -26,8 +26,8 @@ from ..core.errors import KvfoldError, NotFound, Overloaded, TooLong
 from ..core.report import EngineInfo, EngineStats, ProbeStats
 from ..core.sequence import PENDING, FinishReason, Output, Request, Sequence, TokenLogprobs
 from ..models.loader import load
-from .blueprint import Blueprint
 from .adapters import serve_adapters
+from .blueprint import Blueprint
 from .calibrate import calibrate_briefly
 from .device import open_device
 from .forecast import fit
