@@ -57,7 +57,7 @@ POOL_REQUESTS = 16
 TOLERANCE = 0.3
 """Of the mean difference to dense, relative to its mean size."""
 CHUNK = 2048
-TURNS, ALIKE = 128, 0.85
+TURNS, ALIKE = 128, 0.93
 """Queries of the token that attends, one after the other, and how much each resembles the last: so
 that ShadowKV finds 60 % of what a step selects in its slots, as in arXiv:2410.21465 Fig. 9."""
 
