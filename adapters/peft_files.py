@@ -143,8 +143,7 @@ def _generation(raw: Mapping[str, Any], weights_hash: bytes, base: Base) -> str:
 @contextmanager
 def _reading(reason: Reason, folder: Path) -> Iterator[None]:
     """`refusing`, in the words of whoever wrote the files: they know nothing of the copy."""
-    names = {f"{folder / checkpoint.SINGLE}": WEIGHTS, f"{folder}/": "", checkpoint.SINGLE: WEIGHTS}
-    with refusing(reason, names):
+    with refusing(reason, {f"{folder}/": "", checkpoint.SINGLE: WEIGHTS}):
         yield
 
 

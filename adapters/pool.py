@@ -68,7 +68,6 @@ class AdapterPool:
         # A CPU multiplies in float32 and is fastest where it need not convert.
         self._dtype = torch.float32 if device.type == "cpu" else dtype
         self._device = device
-        self._most_rank = most_rank
         self._groups = groups
         try:
             self._tables = {
@@ -93,15 +92,8 @@ class AdapterPool:
         """
         terms = {site: _term(site, operators) for site, operators in adapter.sites.items()}
         known = {site for group in self._groups.values() for site in group.sites}
-        for site, term in terms.items():
-            if site not in known:
-                raise _unsupported(f"it adapts {site.path}")
-            if term.rank > self._most_rank:
-                raise Refused(
-                    f"the adapter has rank {term.rank} at {site.path}, and --max-lora-rank is "
-                    f"{self._most_rank}; raise it",
-                    param="lora_path",
-                )
+        for site in terms.keys() - known:
+            raise _unsupported(f"it adapts {site.path}")
         weights = {name: self._weights(group, terms) for name, group in self._groups.items()}
         for name, one in weights.items():
             self._tables[name].fill(slot, one)
@@ -142,8 +134,10 @@ class AdapterPool:
                 else held(term.b.mT)
                 for term, out in zip(found, group.outs, strict=True)
             ),
-            scale=torch.cat([torch.full((term.rank,), term.scale) for term in found if term]).to(
-                self._device
+            scale=torch.tensor(
+                [term.scale for term in found if term for _ in range(term.rank)],
+                dtype=torch.float32,
+                device=self._device,
             ),
         )
 
@@ -152,6 +146,8 @@ def _term(site: Site, operators: Sequence[object]) -> LowRank:
     match operators:
         case [LowRank(bias=None) as term]:
             return term
+        case [LowRank()]:
+            raise _unsupported(f"{site.path} takes a bias of its own (lora_bias)")
     kinds = ", ".join(sorted({type(operator).__name__ for operator in operators}))
     raise _unsupported(f"{site.path} takes more than a low-rank term ({kinds})")
 

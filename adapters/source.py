@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..models.fields import Fields
@@ -57,6 +58,9 @@ factor of the path's length, or of the pattern's."""
 Sites = dict[Site, list[Operator]]
 
 
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
 class Source:
     """What the file says, read by name. Every method raises `Refused`."""
 
@@ -80,7 +84,12 @@ class Source:
     ) -> LowRank:
         """The operator, its factors contiguous."""
         self.admit(site, a.shape[0])
-        return LowRank(a.contiguous(), b.contiguous(), scale, bias)
+        if not _LEAST <= abs(scale) <= _MOST:
+            raise refused(
+                Reason.NOT_FINITE,
+                f"{site.path} would be scaled by {scale:g}, of which float32 keeps no number",
+            )
+        return LowRank(a.contiguous(), b.contiguous(), float(scale), bias)
 
     def admit(self, site: Site, rank: int) -> None:
         """Refuse a rank that is over the limit, before its factors are made."""

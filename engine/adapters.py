@@ -1,13 +1,15 @@
 """The adapters that an engine serves: read when it starts, each in a slot of its own."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..adapters.base import EMBEDDING, HEAD, Base, Site
+from ..adapters.base import EMBEDDING, HEAD, Adapter, Base, Site
 from ..adapters.peft_files import Limits, load
 from ..adapters.pool import AdapterPool, Group
 from ..core.config import AdapterSettings
@@ -15,6 +17,8 @@ from ..core.errors import KvfoldError, NotFound, Refused
 from ..models import checkpoint
 from ..models.config import ModelConfig
 from ..models.registry import family
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +28,6 @@ class Served:
     generation: str
     """Digest of all that decides what it computes."""
     slot: int
-    nbytes: int
-    """On the device."""
 
 
 def serve_adapters(
@@ -43,22 +45,39 @@ def serve_adapters(
     paths = settings.paths
     if not paths:
         return None, {}
-    pool = AdapterPool(groups_of(config), len(paths), settings.max_rank, dtype, device)
     base = base_of(path, config, identity, dtype)
+    adapters = {
+        name: _load(name, folder, base, settings.max_rank) for name, folder in paths.items()
+    }
+    ranks = (rank for adapter in adapters.values() for rank in adapter.ranks.values())
+    highest = max(ranks, default=1)
+    pool = AdapterPool(groups_of(config), len(paths), highest, dtype, device)
     served = {}
-    for slot, (name, folder) in enumerate(paths.items()):
-        # Whoever starts the server may lead anywhere by links; a directory of adapters may not.
-        where = Path(folder).resolve()
-        try:
-            if not where.is_dir():
-                raise NotFound("there is no such directory", code="adapter_not_found")
-            adapter = load(where.parent, where.name, base, Limits(rank=settings.max_rank))
+    for slot, (name, adapter) in enumerate(adapters.items()):
+        with _naming(name, paths[name]):
             nbytes = pool.put(slot, adapter)
-        except KvfoldError as error:
-            told = f"--lora-modules {name}={folder}: {error.message}"
-            raise type(error)(told, param="lora-modules", code=error.code) from None
-        served[name] = Served(generation=adapter.generation, slot=slot, nbytes=nbytes)
+        log.info("adapter %s: %d bytes, generation %s", name, nbytes, adapter.generation)
+        served[name] = Served(generation=adapter.generation, slot=slot)
     return pool, served
+
+
+def _load(name: str, folder: str, base: Base, max_rank: int) -> Adapter:
+    # Whoever starts the server may lead anywhere by links; a directory of adapters may not.
+    where = Path(folder).expanduser().resolve()
+    with _naming(name, folder):
+        if not where.is_dir():
+            raise NotFound("there is no such directory", code="adapter_not_found")
+        return load(where.parent, where.name, base, Limits(rank=max_rank))
+
+
+@contextmanager
+def _naming(name: str, folder: str) -> Iterator[None]:
+    """Say of which adapter an error is."""
+    try:
+        yield
+    except KvfoldError as error:
+        told = f"--lora-modules {name}={folder}: {error.message}"
+        raise type(error)(told, param="lora-modules", code=error.code) from None
 
 
 def groups_of(config: ModelConfig) -> dict[str, Group]:

@@ -83,7 +83,7 @@ def spread_values(arguments: list[str]) -> list[str]:
     Adapters are spread alike. What follows a value of the option and looks like another is one,
     which a MODEL does not.
     """
-    looks = {"--tokens": r"\d", "--lora-modules": r"[^-=][^=]*=."}
+    looks = {"--tokens": r"\d", "--lora-modules": r"[^-=./~][^=]*=."}
     spread: list[str] = []
     for argument in arguments:
         option = spread[-2] if len(spread) > 1 else ""
@@ -379,7 +379,7 @@ def _given(ctx: typer.Context) -> tuple[dict[str, Any], dict[str, str]]:
             continue
         if setting == "cache.options":
             value = _json_object(value)
-        elif setting in ("model.served_names", "adapters.modules"):
+        elif setting == "model.served_names":
             value = [part for text in value for part in text.split()]
         given[setting] = value
         sources[setting] = "flag" if kind == "COMMANDLINE" else "environment"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,24 @@ def test_a_name_that_nobody_serves_is_not_the_base(checkpoint: Path, adapters: d
         assert not one.has_work
 
 
+@pytest.mark.parametrize("alpha", [1e40, 1e-40])
+def test_a_scale_that_float32_cannot_hold_is_refused(
+    checkpoint: Path, adapters: dict[str, Path], tmp_path: Path, alpha: float
+):
+    shutil.copytree(adapters["one"], tmp_path / "far")
+    file = tmp_path / "far" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))
+    with pytest.raises(Refused, match=r"far: model\.layers\.0\.mlp\.up_proj would be scaled by 1e"):
+        engine(checkpoint, {"x": tmp_path / "far"})
+
+
 @pytest.mark.parametrize(
     ("modules", "more", "message"),
     [
         (("x",), {}, "--lora-modules 'x' must be name=directory"),
         (("x=/nowhere/at/all",), {}, "--lora-modules x=/nowhere/at/all: "),
         (("x={some}", "x={all}"), {}, "--lora-modules names 'x' twice"),
-        (("x={some}",), {"max_rank": 8}, "9"),
+        (("x={some}",), {"max_rank": 8}, "rank 9; allowed are 1 to 8"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(

@@ -208,10 +208,10 @@ def test_wrong_files_never_show_a_key(tmp_path: Path, content: str) -> None:
 
 
 def test_adapters_follow_each_other_and_a_model_is_none() -> None:
-    asked = ["serve", "--dry-run", "--lora-modules", "a=/x", "b=/y", "org/model"]
+    asked = ["serve", "--dry-run", "--lora-modules", "a=/x", "b=/y z", "./org/step=3"]
     result = CliRunner().invoke(cli.app, cli.spread_values(asked))
-    assert re.search(r'adapters.modules +\["a=/x", "b=/y"\] +flag', result.output)
-    assert re.search(r'model.path +"org/model"', result.output)
+    assert re.search(r'adapters.modules +\["a=/x", "b=/y z"\] +flag', result.output)
+    assert re.search(r'model.path +"./org/step=3"', result.output)
 
 
 def test_help_names_every_backend() -> None:
